@@ -1,0 +1,107 @@
+"""What `run.json` says about a run: setting and assumptions in words, versions, device."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from grab_jax.config import Config, identity
+
+
+def about(config: Config, model: Any, parameters: int, notes: list[str]) -> dict[str, Any]:
+    """The content of `run.json`."""
+    packages = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy", "grab-jax")
+    return {
+        "schema": "grab_jax.run/1",
+        "config": dataclasses.asdict(config),
+        "identity": identity(config),
+        "attack": config.attack.name,
+        "model": config.model.name,
+        "data": config.data.name,
+        "seed": config.seed,
+        "parameters": parameters,
+        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
+        "device": device(),
+        "git": _git(),
+        "code": code_version(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "setting": _setting(config, model),
+        "assumptions": _assumptions(config),
+        "notes": notes,
+        "flags_file": "flags.txt",
+    }
+
+
+def _setting(config: Config, model: Any) -> list[str]:
+    dropout = f"dropout {config.client.dropout:g} on" if config.client.dropout else "dropout off (evaluation mode)"
+    frozen = "word and position embeddings frozen" if config.client.frozen == "embeddings" else "everything trained"
+    return [
+        f"One FedSGD step of sequence classification with {config.model.name} ({model.family}, width {model.width}, "
+        f"{model.config.num_hidden_layers} layers), {config.batch_size} sentence(s) per client batch.",
+        f"Client in {'training' if config.client.dropout else 'evaluation'} mode: {dropout}; {frozen}.",
+    ]
+
+
+def _assumptions(config: Config) -> list[str]:
+    mode = {
+        "learn": "It knows the dropout rate and sites and learns the masks.",
+        "off": "It ignores dropout (evaluation mode).",
+        "true": "Control: it is given the client's true dropout masks.",
+    }
+    said = [
+        "Honest-but-curious server: it sees one client's exact float32 gradient and the weights it sent.",
+        "The attacker knows the batch size, the architecture and which parameters are frozen.",
+        "It is told every label." if config.known.labels else "It is not told the labels.",
+        "It is told every sentence's length."
+        if config.known.lengths
+        else "It is told only the longest length of the batch.",
+    ]
+    if config.client.dropout:
+        said.append(mode[config.attack.masks])
+    if config.attack.tokens == "true":
+        said.append("Control: it is given the true tokens.")
+    return said
+
+
+def device() -> str:
+    """The devices of this process, in words."""
+    device = jax.local_devices()[0]
+    return f"{jax.local_device_count()} x {device.device_kind} ({device.platform}), {os.cpu_count()} host cores"
+
+
+def _git() -> str | None:
+    root = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def code_version() -> str:
+    """Hash of the package's sources: part of every result's identity."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        if path.name not in (
+            "report.py",
+            "progress.py",
+            "main.py",
+            "flags.py",
+        ):  # they cannot change a result
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

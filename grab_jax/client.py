@@ -1,0 +1,49 @@
+"""The federated client, simulated: what leaves it is a pure function of weights, batch and dropout masks.
+
+The attacker differentiates these same functions, with word embeddings in place of token ids and relaxed masks in
+place of 0/1 ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from grab_jax import losses, tuning
+from grab_jax.types import Masks, Update
+
+Simulate = Callable[..., Update]
+
+
+def fedsgd(model: Any, *, factored: bool = False) -> Simulate:
+    """One FedSGD step of sequence classification: the gradient of the mean loss.
+
+    With `factored=True` kernels come as `leaves.Outer` (the same matrix, not formed): what an attacker compares.
+    Returns `simulate(trainable, frozen, inputs, attention, labels, masks) -> Update`, where `inputs` are token ids
+    `[b t]` or word embeddings `[b t d]`, `labels` class probabilities `[b c]`, and `masks=None` is evaluation mode.
+    The update has one entry per tensor of `trainable`.
+    """
+
+    def simulate(
+        trainable: Mapping[str, Array],
+        frozen: Mapping[str, Array],
+        inputs: Int[Array, "b t"] | Float[Array, "b t d"],
+        attention: Bool[Array, "b t"],
+        labels: Float[Array, "b c"],
+        masks: Masks | None = None,
+    ) -> Update:
+        if factored:
+            loss = lambda logits: losses.classification(logits, labels)  # noqa: E731
+            params = tuning.merge(trainable, frozen)
+            return model.factored_gradient(loss, params, trainable, inputs, attention, masks)
+
+        def loss_of(trained):
+            logits = model.apply(tuning.merge(trained, frozen), inputs, attention, masks)
+            return losses.classification(logits, labels)
+
+        return jax.grad(loss_of)(dict(trainable))
+
+    return simulate

@@ -1,0 +1,168 @@
+"""Every setting of a run: one tree of frozen dataclasses, the single source of truth for flags and reports.
+
+A field named `name` gives its group's flag (`--attack`, `--model`, `--data`); any other field gives
+`--<group>_<field>`. The text of each flag's help is the field's metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from grab_jax import distances
+from grab_jax.types import InputError
+
+
+def setting(default: Any, text: str) -> Any:
+    """A dataclass field with a default and a help text."""
+    return field(default=default, metadata={"help": text})
+
+
+def _require(ok: bool, flag: str, value: Any, expected: str) -> None:
+    if not ok:
+        raise InputError(f"--{flag}={value}: expected {expected}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model the client trains."""
+
+    name: str = setting("builtin:bert-mini", "builtin:bert-mini, builtin:gpt2-mini, a Hugging Face folder, or a hub id")
+    revision: str | None = setting(None, "branch, tag or commit on the hub")
+    num_labels: int | None = setting(None, "classes of the head; default: the checkpoint's")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Whose sentences."""
+
+    name: str = setting(
+        "builtin",
+        "builtin, cola, sst2, rotten_tomatoes, a hub id, or a .jsonl, .csv or .txt file (text, label)",
+    )
+    split: str = setting("train", "split of a hub data set")
+    start: int = setting(0, "skip this many sentences of the (sampled) order")
+    max_length: int = setting(128, "longest sentence in tokens; longer ones are cut, with a warning")
+
+    def __post_init__(self):
+        _require(self.start >= 0, "data_start", self.start, "0 or more")
+        _require(self.max_length >= 4, "data_max_length", self.max_length, "at least 4 tokens")
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """What the simulated client does."""
+
+    dropout: float = setting(0.1, "dropout rate at every site of the client's model; 0 = evaluation mode")
+    frozen: Literal["embeddings", "none"] = setting(
+        "embeddings", "freeze word and position embeddings, or train everything"
+    )
+
+    def __post_init__(self):
+        _require(0 <= self.dropout < 1, "client_dropout", self.dropout, "a rate in [0, 1)")
+
+
+@dataclass(frozen=True)
+class KnownConfig:
+    """What the attacker is told."""
+
+    labels: bool = setting(True, "the attacker knows the labels; otherwise it optimises soft labels")
+    lengths: bool = setting(True, "the attacker knows each sentence's length; otherwise only the longest of the batch")
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """The attack. Defaults are those of Grab (CCS 2024)."""
+
+    name: Literal["grab"] = setting("grab", "which attack")
+    rounds: int = setting(5, "hybrid rounds (continuous, then discrete)")
+    steps: int = setting(2000, "continuous steps per round")
+    restarts: int = setting(1, "independent continuous runs per round; the best goes on")
+    candidates: int = setting(2000, "random candidates scored before the first round; 0 takes one draw")
+    permutations: int = setting(2000, "permutations scored before each continuous and each discrete phase")
+    lr: float = setting(0.01, "initial AdamW learning rate of embeddings, masks and soft labels")
+    schedule: Literal["step", "linear"] = setting("step", "step decay, or linear decay to 0 (large models)")
+    decay: float = setting(0.89, "factor of the step schedule")
+    decay_every: int = setting(50, "steps between two decays")
+    weight_decay: float = setting(0.01, "AdamW weight decay")
+    clip: float | None = setting(None, "rescale the embeddings' gradient above this norm (large models: 0.5)")
+    masks: Literal["learn", "off", "true"] = setting(
+        "learn",
+        "dropout masks: learn them, ignore dropout, or use the client's true ones (a control, not an attack)",
+    )
+    mask_start: float = setting(0.0, "start of mask learning: 0 = a 0/1 draw (Grab), 1 = the keep rate everywhere")
+    tokens: Literal["search", "true"] = setting(
+        "search",
+        "search for the tokens, or be given the true ones and learn masks only (a control, not an attack)",
+    )
+    distance: distances.Name = setting("l2+l1", "distance between updates; normalised = per-tensor normalised l2+l1")
+    l1: float = setting(0.01, "weight of the L1 term")
+    beam: int = setting(4, "beam width, and number of solutions improved")
+    sweeps: int = setting(5, "beam sweeps per round; 0 skips the discrete phase")
+    chunk: int | None = setting(None, "candidates scored at once; default: from the memory estimate")
+
+    def __post_init__(self):
+        for name in ("rounds", "steps", "restarts", "decay_every", "beam"):
+            _require(getattr(self, name) >= 1, f"attack_{name}", getattr(self, name), "1 or more")
+        for name in ("candidates", "permutations", "sweeps", "l1", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"attack_{name}", getattr(self, name), "0 or more")
+        for name in ("lr", "decay"):
+            _require(getattr(self, name) > 0, f"attack_{name}", getattr(self, name), "a positive number")
+        _require(self.clip is None or self.clip > 0, "attack_clip", self.clip, "a positive norm")
+        _require(self.chunk is None or self.chunk >= 1, "attack_chunk", self.chunk, "1 or more")
+        _require(0 <= self.mask_start <= 1, "attack_mask_start", self.mask_start, "a number in [0, 1]")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how the run happens: none of it changes a result beyond rounding."""
+
+    dir: str | None = setting(None, "run folder; default: runs/<attack>-<model>-<data>-<hash of the settings>")
+    group: int = setting(8, "client batches of one length bucket attacked in one compiled program")
+    memory_gb: float | None = setting(None, "device memory to plan for; default: what the device reports")
+    checkpoint_minutes: float = setting(5.0, "save an unfinished attack this often (and after every round)")
+    progress: Literal["auto", "bar", "lines", "off"] = setting("auto", "bar on a terminal, lines otherwise")
+
+    def __post_init__(self):
+        _require(self.group >= 1, "run_group", self.group, "1 or more")
+        _require(self.memory_gb is None or self.memory_gb > 0, "run_memory_gb", self.memory_gb, "a positive number")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """How results are shown."""
+
+    redact: bool = setting(True, "hide names, numbers and mail addresses in report.html and on the terminal")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    mode: Literal["simulate", "report"] = setting("simulate", "run an attack, or rebuild the report of --run_dir")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    num_batches: int = setting(8, "client batches to attack")
+    batch_size: int = setting(1, "sentences per client batch")
+    client: ClientConfig = ClientConfig()
+    known: KnownConfig = KnownConfig()
+    attack: AttackConfig = AttackConfig()
+    seed: int = setting(0, "seed of everything random")
+    run: RunConfig = RunConfig()
+    report: ReportConfig = ReportConfig()
+    dry_run: bool = setting(False, "print the plan (sites, sizes, memory, time, compilations) and stop")
+
+    def __post_init__(self):
+        _require(self.num_batches >= 1, "num_batches", self.num_batches, "1 or more")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "an integer in [0, 2^32)")
+
+
+PLACE_ONLY = ("mode", "run", "report", "dry_run")
+"""Top-level fields that change where or how a run happens, not its result."""
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The settings that determine a result, as plain data: two runs with equal identity may share a folder."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACE_ONLY}

@@ -1,0 +1,97 @@
+"""absl flags derived from `Config`, one per leaf; nothing else reads `FLAGS`."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from absl import flags
+
+from grab_jax.config import Config
+from grab_jax.types import InputError
+
+
+class Leaf(typing.NamedTuple):
+    """One setting: its path in the tree, its flag, its type, default and help text."""
+
+    path: tuple[str, ...]
+    flag: str
+    kind: Any
+    default: Any
+    text: str
+
+
+def leaves(config: Any, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
+    """All settings of a config, in order."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, here = getattr(config, field.name), (*path, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, here)
+        else:
+            parts = here[:-1] if field.name == "name" else here
+            yield Leaf(here, "_".join(parts), hints[field.name], value, field.metadata["help"])
+
+
+def define(config: Config, values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define one flag per leaf, with the leaf's value as default."""
+    for leaf in leaves(config):
+        _define(leaf, values)
+
+
+def _define(leaf: Leaf, values: flags.FlagValues) -> None:
+    kind = _bare(leaf.kind)
+    if typing.get_origin(kind) is Literal:
+        flags.DEFINE_enum(leaf.flag, leaf.default, typing.get_args(kind), leaf.text, flag_values=values)
+        return
+    definers = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+    definers.get(kind, flags.DEFINE_string)(leaf.flag, leaf.default, leaf.text, flag_values=values)
+
+
+def _bare(kind: Any) -> Any:
+    """`T | None` -> `T`."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    return kind
+
+
+def parsed(values: flags.FlagValues = flags.FLAGS) -> Config:
+    """The config that the parsed flags describe.
+
+    Raises:
+      InputError: a value out of range (one sentence, names the flag).
+    """
+    return build({leaf.path: values[leaf.flag].value for leaf in leaves(Config())})
+
+
+def build(values: dict[tuple[str, ...], Any]) -> Config:
+    """A config from values by path; validation happens in the dataclasses."""
+
+    def make(kind: type, path: tuple[str, ...]) -> Any:
+        hints = typing.get_type_hints(kind)
+        fields = {
+            f.name: make(hints[f.name], (*path, f.name))
+            if dataclasses.is_dataclass(hints[f.name])
+            else values[(*path, f.name)]
+            for f in dataclasses.fields(kind)
+        }
+        return kind(**fields)
+
+    try:
+        return make(Config, ())
+    except KeyError as error:
+        raise InputError(f"setting {'.'.join(error.args[0])} is missing") from error
+
+
+def flagfile(config: Config) -> str:
+    """The text of a flagfile that repeats this config; settings that are None are left to their default."""
+    lines = []
+    for leaf in leaves(config):
+        if isinstance(leaf.default, bool):
+            lines.append(f"--{'' if leaf.default else 'no'}{leaf.flag}")
+        elif leaf.default is not None:
+            lines.append(f"--{leaf.flag}={leaf.default}")
+    return "\n".join(lines) + "\n"

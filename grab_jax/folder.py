@@ -1,0 +1,81 @@
+"""The run folder: whose configuration it is, and results that survive a kill at any moment."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grab_jax import flags
+from grab_jax.config import Config, identity
+from grab_jax.types import InputError
+
+
+def default_folder(config: Config) -> Path:
+    """`runs/<attack>-<model>-<data>-<hash of the settings>`."""
+    short = lambda name: Path(name.replace(":", "-")).stem or "x"  # noqa: E731
+    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+    return Path("runs") / f"{config.attack.name}-{short(config.model.name)}-{short(config.data.name)}-{digest}"
+
+
+def open_folder(config: Config, about: Callable[[], dict[str, Any]]) -> Path:
+    """Create the run folder with its `run.json` (made by `about`), or check that an existing one is of this config."""
+    folder = Path(config.run.dir) if config.run.dir else default_folder(config)
+    described = folder / "run.json"
+    if described.is_file():
+        _check_same(folder, json.loads(described.read_text()), config)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--run_dir={folder} exists and is not a run folder; give an empty or new folder")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(described, about())
+    (folder / "flags.txt").write_text(flags.flagfile(dataclasses.replace(config, dry_run=False)))
+    return folder
+
+
+def _check_same(folder: Path, about: dict[str, Any], config: Config) -> None:
+    old, new = _flat(about.get("identity", {})), _flat(json.loads(json.dumps(identity(config))))
+    changed = [f"{name} {old.get(name)!r} there, {new.get(name)!r} here" for name in new if old.get(name) != new[name]]
+    if changed:
+        raise InputError(
+            f"run folder {folder} belongs to another configuration ({'; '.join(changed[:3])}); "
+            "choose another --run_dir or repeat its settings"
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically, so that a kill never leaves half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def finished(folder: Path) -> dict[str, dict[str, Any]]:
+    """Records by id; an incomplete last line, left by a kill, is dropped."""
+    path = folder / "results.jsonl"
+    if not path.is_file():
+        return {}
+    lines = path.read_text("utf-8").split("\n")
+    if lines[-1]:
+        path.write_text("".join(line + "\n" for line in lines[:-1]), "utf-8")
+    records = [json.loads(line) for line in lines[:-1] if line]
+    return {record["id"]: record for record in records}
+
+
+def append(folder: Path, record: dict[str, Any]) -> None:
+    """Add one line to `results.jsonl` and force it to disk."""
+    with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

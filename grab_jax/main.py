@@ -1,0 +1,68 @@
+"""Command line: `python -m grab_jax.main --flagfile=experiments/quickstart.flags [overrides]`.
+
+Simulates federated clients, attacks their updates and writes a run folder with a report; `--helpshort` lists the
+flags, `--mode=report --run_dir=...` rebuilds a report, `--dry_run` prints the plan.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from absl import app, logging
+from absl import flags as absl_flags
+
+from grab_jax import flags, run
+from grab_jax.config import Config
+from grab_jax.types import InputError
+
+INTERRUPTED = 130
+
+
+def main(argv: list[str]) -> int:
+    """Run what the flags say; 0 when done, 2 for bad input, 130 when interrupted."""
+    if len(argv) > 1:
+        return refuse(f"unexpected argument {argv[1]!r}; settings are given as --name=value")
+    signal.signal(signal.SIGTERM, _interrupt)
+    logging.set_verbosity(logging.WARNING)  # orbax tells a page per save
+    try:
+        config = flags.parsed()
+        if config.mode == "report":
+            print(run.rebuild(config))
+        elif config.dry_run:
+            print(run.describe(config))
+        else:
+            run.run(config)
+    except InputError as error:
+        return refuse(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing finished is lost: the same command continues here", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _interrupt(_signal, _frame):
+    raise KeyboardInterrupt
+
+
+def refuse(sentence: str) -> int:
+    """Say what is wrong with the input, in one line."""
+    print(f"grab_jax: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _parse(args: list[str]) -> list[str]:
+    try:
+        return absl_flags.FLAGS(args)
+    except absl_flags.Error as error:
+        sys.exit(refuse(" ".join(str(error).split()) + " (--helpshort lists all flags)"))
+
+
+def entry() -> None:
+    """Define the flags and start."""
+    flags.define(Config())
+    app.run(main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+    entry()

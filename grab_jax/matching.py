@@ -1,0 +1,61 @@
+"""Gradient matching: how well a candidate batch explains the observed update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from grab_jax import client, distances
+from grab_jax.types import Candidate, Known, Masks, Update
+
+Objective = Callable[..., Float[Array, ""]]
+
+
+def embedding_objective(model: Any, distance: distances.Distance) -> Objective:
+    """Distance of a continuous candidate.
+
+    Returns `objective(candidate, trainable, frozen, observed, known)`. Every shared tensor is matched except the word
+    table, which embeddings used as input do not touch.
+    """
+    simulate = client.fedsgd(model, factored=True)
+
+    def objective(candidate: Candidate, trainable, frozen, observed: Update, known: Known) -> Float[Array, ""]:
+        fixed = {**frozen, **{path: value for path, value in trainable.items() if path == model.word_table}}
+        matched = {path: value for path, value in trainable.items() if path != model.word_table}
+        labels = known.labels if candidate.labels is None else candidate.labels
+        masks = known.masks if candidate.masks is None else candidate.masks
+        update = simulate(matched, fixed, candidate.embeds, known.attention, labels, masks)
+        return distance(update, observed)
+
+    return objective
+
+
+def token_objective(model: Any, distance: distances.Distance, pad: int) -> Objective:
+    """Distance of a token candidate, every shared tensor matched.
+
+    Returns `score(ids, masks, labels, trainable, frozen, observed, known)`; masks and labels that are None are taken
+    from `known`. A padding token is attended to nowhere, as in the client.
+    """
+    simulate = client.fedsgd(model, factored=True)
+
+    def score(
+        ids: Int[Array, "b t"],
+        masks: Masks | None,
+        labels: Float[Array, "b c"] | None,
+        trainable,
+        frozen,
+        observed,
+        known,
+    ) -> Float[Array, ""]:
+        attention = known.attention & (ids != pad)
+        # A row without any visible token would attend to nothing; its first token always stays visible.
+        attention = attention.at[:, 0].set(True)
+        labels = known.labels if labels is None else labels
+        masks = known.masks if masks is None else masks
+        value = distance(simulate(trainable, frozen, ids, attention, labels, masks), observed)
+        return jnp.where(jnp.isnan(value), jnp.inf, value)
+
+    return score

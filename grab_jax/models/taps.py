@@ -1,0 +1,62 @@
+"""A parameter gradient in factored form, read off the taps of the layers (`layers.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from grab_jax.leaves import Leaf, Outer
+from grab_jax.types import Masks, Params
+
+
+def factored_gradient(
+    model: Any,
+    loss: Callable[[Float[Array, ...]], Float[Array, ""]],
+    params: Params,
+    wanted: Mapping[str, Array],
+    inputs: Int[Array, "b t"] | Float[Array, "b t d"],
+    attention: Bool[Array, "b t"],
+    masks: Masks | None,
+) -> dict[str, Leaf]:
+    """Gradient of `loss(logits)` for the parameter paths in `wanted`, kernels as `Outer` leaves.
+
+    Differentiable in `inputs` and `masks`, so second order goes through it as usual.
+    """
+    zeros = model.zero_perturbations(params, inputs, attention)
+
+    def tapped(perturbations):
+        logits, taps = model.apply_tapped(params, perturbations, inputs, attention, masks)
+        return loss(logits), taps
+
+    cotangents, taps = jax.grad(tapped, has_aux=True)(zeros)
+    return {path: _leaf(path, wanted[path], taps, cotangents) for path in wanted}
+
+
+def _leaf(path: str, param: Array, taps: Params, cotangents: Params) -> Leaf:
+    *parents, leaf = path.split("/")
+    tap = reduce(lambda node, name: node[name], parents, taps)
+    cotangent = reduce(lambda node, name: node[name], parents, cotangents)
+    rows = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+    if leaf == "kernel":
+        return Outer(rows(tap["x"]), rows(cotangent["dy"]))
+    if leaf == "scale":
+        return (rows(tap["xhat"]) * rows(cotangent["dy"])).sum(0)
+    if leaf == "embedding":
+        return _table(param, tap, cotangent)
+    return rows(cotangent["dy"]).sum(0)
+
+
+def _table(param: Array, tap: Params, cotangent: Params) -> Array:
+    """Gradient of an embedding table: looked-up rows, and the tied head where there is one."""
+    gradient = jnp.zeros(param.shape, param.dtype)
+    if "ids" in tap:
+        gradient = gradient.at[tap["ids"].reshape(-1)].add(cotangent["dy"].reshape(-1, param.shape[1]))
+    if "head_x" in tap:
+        x, dy = (a.reshape(-1, a.shape[-1]) for a in (tap["head_x"], cotangent["head_dy"]))
+        gradient = gradient + dy.T @ x
+    return gradient

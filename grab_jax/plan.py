@@ -1,0 +1,110 @@
+"""What a run will do before it does it: groups, chunk sizes from a memory estimate, compilations, time."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from grab_jax.config import Config
+from grab_jax.data import ClientBatch
+
+MOST_CHUNK = 64
+STEP_OVER_SCORE = 2.6
+"""Cost of one continuous step over one first-order score, as measured on a CPU (experiments/bench_batching.py)."""
+
+
+class Group(NamedTuple):
+    """Client batches of one shape `[b t]`, attacked together."""
+
+    shape: tuple[int, int]
+    members: tuple[int, ...]
+
+
+class Plan(NamedTuple):
+    """`chunk` candidates are scored at once; `bytes` is the estimated peak; `memory` what the device has."""
+
+    groups: tuple[Group, ...]
+    chunk: int
+    bytes: int
+    memory: int
+    compilations: int
+    scores: int
+    steps: int
+
+
+def device_memory(config: Config) -> int:
+    """Bytes to plan for: `--run_memory_gb`, what the accelerator reports, or the host's memory."""
+    if config.run.memory_gb is not None:
+        return int(config.run.memory_gb * 2**30)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def make(config: Config, model: Any, trainable: dict[str, Any], batches: Sequence[ClientBatch]) -> Plan:
+    """Group batches by shape and size the chunks so that the estimate stays under 60 % of memory."""
+    memory = device_memory(config)
+    shared = 4 * sum(int(np.prod(value.shape)) for value in trainable.values())
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for batch in batches:
+        by_shape.setdefault(tuple(batch.batch.ids.shape), []).append(batch.index)
+    largest = max(by_shape, key=lambda shape: shape[0] * shape[1])
+    one_step = 6 * _activations(model, *largest) + _forms_table(model, trainable, largest)
+    budget = 0.6 * memory - 2 * shared
+    size = int(max(1, min(config.run.group, budget // (shared + config.attack.restarts * one_step))))
+    one_score = 2 * _activations(model, *largest) + _forms_table(model, trainable, largest)
+    chunk = config.attack.chunk or int(max(1, min(MOST_CHUNK, (budget - size * shared) // one_score)))
+    groups = [
+        Group(shape, tuple(members[i : i + size]))
+        for shape, members in sorted(by_shape.items())
+        for i in range(0, len(members), size)
+    ]
+    peak = 2 * shared + size * shared + max(size * config.attack.restarts * one_step, chunk * one_score)
+    shapes = len({(group.shape, len(group.members)) for group in groups})
+    scores, steps = _work(config, batches)
+    return Plan(tuple(groups), chunk, int(peak), memory, 8 * shapes, scores, steps)
+
+
+def _activations(model: Any, batch: int, length: int) -> int:
+    """Bytes of one candidate's taps: about 16 widths per token and layer, and the attention probabilities."""
+    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    return 4 * batch * length * layers * (16 * model.width + 3 * heads * length)
+
+
+def _forms_table(model: Any, trainable: dict[str, Any], shape: tuple[int, int]) -> int:
+    """Where the word table is trained, each candidate's gradient of it is formed."""
+    del shape
+    return 8 * int(np.prod(trainable[model.word_table].shape)) if model.word_table in trainable else 0
+
+
+def _work(config: Config, batches: Sequence[ClientBatch]) -> tuple[int, int]:
+    """Upper bounds of first-order scores and continuous steps; repeated beam proposals are scored once."""
+    attack, scores = config.attack, 0
+    for batch in batches:
+        free = np.asarray(batch.batch.attention).sum(1) - 2
+        pool = np.minimum(free.clip(1), 60)
+        beam = int((free * pool).sum()) * attack.beam * attack.beam
+        # The second and later sweeps mostly repeat the first; half of one is what they add in practice.
+        sweeps = min(attack.sweeps, 1) + 0.5 * max(0, min(attack.sweeps, 3) - 1)
+        scores += int(attack.candidates + attack.rounds * (2 * attack.permutations + beam * sweeps))
+    return scores, len(batches) * attack.rounds * attack.steps * attack.restarts
+
+
+def seconds(plan: Plan, score_one: Any) -> float:
+    """Time estimate: `score_one()` is timed here, steps cost `STEP_OVER_SCORE` of it."""
+    score_one()
+    begin = time.perf_counter()
+    for _ in range(3):
+        score_one()
+    each = (time.perf_counter() - begin) / 3
+    return each * (plan.scores + STEP_OVER_SCORE * plan.steps)
+
+
+def resolved(config: Config, plan: Plan) -> Config:
+    """The config with the planned chunk filled in."""
+    return dataclasses.replace(config, attack=dataclasses.replace(config.attack, chunk=plan.chunk))

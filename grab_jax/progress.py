@@ -1,0 +1,109 @@
+"""Visible progress: a tqdm bar on a terminal, plain lines elsewhere, and a log file; compile time is counted aside."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from grab_jax.attacks.grab import Progress
+
+EVERY = 10.0
+"""Seconds between two plain lines of one phase."""
+
+
+class CompileClock:
+    """Seconds and number of XLA compilations since it was made."""
+
+    _seconds = 0.0
+    _count = 0
+    _listening = False
+
+    def __init__(self):
+        if not CompileClock._listening:
+            jax.monitoring.register_event_duration_secs_listener(CompileClock._on_event)
+            CompileClock._listening = True
+        self._from = (CompileClock._seconds, CompileClock._count)
+
+    @staticmethod
+    def _on_event(event: str, duration: float, **_kwargs) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            CompileClock._seconds += duration
+            CompileClock._count += 1
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent compiling."""
+        return CompileClock._seconds - self._from[0]
+
+    @property
+    def count(self) -> int:
+        """Programs compiled, small ones included."""
+        return CompileClock._count - self._from[1]
+
+
+class Display:
+    """Shows `Progress` records; `say` prints a whole line. Everything also goes to the log file, without bars."""
+
+    def __init__(self, style: str, log: Path | None):
+        if style == "auto":
+            style = "bar" if sys.stderr.isatty() else "lines"
+        self._style = style
+        self._log = log.open("a", encoding="utf-8") if log else None
+        self._bar: tqdm | None = None
+        self._last = (None, 0.0)
+
+    def say(self, text: str) -> None:
+        """One line, above the bar if there is one."""
+        if self._style != "off":
+            tqdm.write(text, file=sys.stderr)
+        if self._log:
+            self._log.write(text + "\n")
+            self._log.flush()
+
+    def begin(self, title: str, total: int) -> None:
+        """A new group of batches, `total` continuous steps long."""
+        self.say(title)
+        if self._style == "bar":
+            self._bar = tqdm(total=total, unit="step", leave=False, dynamic_ncols=True, file=sys.stderr)
+
+    def show(self, progress: Progress, rounds: int, text: Callable[[], str]) -> None:
+        """The latest progress; `text()` is only called when something is shown."""
+        phase, now = (progress.round, progress.phase), time.monotonic()
+        finished = progress.step == progress.steps
+        if self._bar is not None:
+            done = progress.round * self._bar.total // rounds
+            if progress.phase != "select":
+                done += progress.step if progress.phase == "continuous" else self._bar.total // rounds
+            self._bar.n = done
+            self._bar.set_postfix_str(self._words(progress, rounds, text), refresh=True)
+        if phase == self._last[0] and now - self._last[1] < EVERY and not finished:
+            return
+        self._last = (phase, now)
+        if self._bar is None:
+            self.say("  " + self._words(progress, rounds, text))
+
+    def _words(self, progress: Progress, rounds: int, text: Callable[[], str]) -> str:
+        unit = "step" if progress.phase == "continuous" else "batch"
+        loss = [value for value in progress.loss.tolist() if value == value and value != float("inf")]
+        mean = f", loss {sum(loss) / len(loss):.4g}" if loss else ""
+        shown = text() if progress.ids is not None else ""
+        scored = f", {progress.scored} candidates scored" if progress.scored else ""
+        said = f"round {progress.round + 1}/{rounds} {progress.phase} {unit} {progress.step}/{progress.steps}{mean}{scored}"
+        return f"{said}: {shown[:80]}" if shown else said
+
+    def end(self) -> None:
+        """The group is finished."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def close(self) -> None:
+        """Close the log."""
+        self.end()
+        if self._log:
+            self._log.close()

@@ -1,0 +1,296 @@
+"""A whole run without absl: simulate clients, attack them, append results, write the report. Resumes after a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from grab_jax import about, client, data, distances, metrics, models, plan, record, report, simulate, tuning
+from grab_jax import folder as folders
+from grab_jax.attacks import ATTACKS
+from grab_jax.checkpoint import Checkpoints
+from grab_jax.config import Config, identity
+from grab_jax.progress import CompileClock, Display
+from grab_jax.types import InputError, Result
+
+CLIENT, ATTACK, HEAD = 0, 1, 2
+"""Purposes of the keys split from `--seed`."""
+
+
+class Session(NamedTuple):
+    """What a run works on; `batches` ends with the control batch where one is needed."""
+
+    config: Config
+    loaded: models.Loaded
+    trainable: dict[str, Array]
+    frozen: dict[str, Array]
+    tokenizer: Any
+    batches: list[data.ClientBatch]
+    controls: frozenset[int]
+    ids: list[str]
+    notes: list[str]
+    plan: plan.Plan
+
+
+def run(config: Config) -> Path:
+    """Do everything `config` says and return the run folder.
+
+    Raises:
+      InputError: bad input, in one sentence; results already written stay.
+    """
+    os.umask(0o077)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    session = prepare(config)
+    size = sum(int(v.size) for v in [*session.trainable.values(), *session.frozen.values()])
+    describe_run = lambda: about.about(config, session.loaded.model, size, session.notes)  # noqa: E731
+    folder = folders.open_folder(config, describe_run)
+    display = Display(config.run.progress, folder / "log.txt")
+    try:
+        for note in session.notes:
+            display.say(f"note: {note}")
+        for group in session.plan.groups:
+            _attack_group(session, group, folder, display)
+        page = finish(folder, session)
+    finally:
+        display.close()
+    summary = json.loads((folder / "summary.json").read_text())
+    print(f"{summary['outcome']}: {summary['reason']}")
+    print(f"report: {page}")
+    return folder
+
+
+def rebuild(config: Config) -> Path:
+    """`--mode=report`: summary and report again from a run folder's results."""
+    if config.run.dir is None:
+        raise InputError("--mode=report needs --run_dir, the folder of a finished or unfinished run")
+    folder = Path(config.run.dir)
+    described, records = report.read(folder)
+    folders.write_json(folder / "summary.json", metrics.summarise(records, described))
+    return report.render(folder)
+
+
+def describe(config: Config) -> str:
+    """`--dry_run`: what would be done, with sizes, memory and a time estimate."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+    session = prepare(config)
+    model, work = session.loaded.model, session.plan
+    taught = sum(int(v.size) for v in session.trainable.values())
+    shapes = ", ".join(f"{len(g.members)} x {list(g.shape)}" for g in work.groups)
+    lines = [
+        f"attack       {config.attack.name}: {config.attack.rounds} rounds x {config.attack.steps} steps, "
+        f"{config.attack.restarts} restart(s), masks {config.attack.masks}",
+        f"model        {config.model.name}: {model.family}, width {model.width}, "
+        f"{model.config.num_hidden_layers} layers, {len(model.sites)} dropout sites",
+        f"update       {len(session.trainable)} tensors, {taught / 1e6:.1f} M parameters shared",
+        f"batches      {len(session.batches)} in {len(work.groups)} group(s): {shapes} [sentences, tokens]",
+        f"memory       about {work.bytes / 2**30:.2f} of {work.memory / 2**30:.1f} GiB; "
+        f"{work.chunk} candidates scored at once",
+        f"compilations about {work.compilations}",
+        f"work         at most {work.steps} continuous steps and about {work.scores} candidate scores",
+        f"time         about {_clock(plan.seconds(work, _timed_score(session)))} on {about.device()}, without compilation",
+        *(f"note         {note}" for note in session.notes),
+    ]
+    return "\n".join(lines)
+
+
+def _clock(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _timed_score(session: Session):
+    """One first-order evaluation at the largest shape, as the attack would do it."""
+    batch = max(session.batches, key=lambda b: b.batch.ids.size)
+    problem = _simulated(session, batch.index).problem
+    labels = jax.nn.one_hot(batch.batch.labels, session.loaded.model.num_labels)
+    distance = distances.by_name(session.config.attack.distance, session.config.attack.l1)
+    step = client.fedsgd(session.loaded.model, factored=True)
+
+    @jax.jit
+    def score(trainable, frozen, observed, ids, attention):
+        return distance(step(trainable, frozen, ids, attention, labels, None), observed)
+
+    return lambda: score(session.trainable, session.frozen, problem.observed, *batch.batch[:2]).block_until_ready()
+
+
+def prepare(config: Config) -> Session:
+    """Load model and data, form batches and the plan."""
+    keys = _keys(config)
+    notes: list[str] = []
+    loaded = models.load(
+        config.model.name,
+        revision=config.model.revision,
+        dropout=config.client.dropout or None,
+        num_labels=config.model.num_labels,
+        key=keys[HEAD],
+    )
+    tokenizer = data.load_tokenizer(loaded.folder)
+    batches, controls, said = _batches(config, loaded.model, tokenizer)
+    params = jax.device_put(loaded.params)
+    trainable, frozen = tuning.split(params, tuning.freezes(loaded.model, config.client.frozen))
+    work = plan.make(config, loaded.model, trainable, batches)
+    notes += [*loaded.notes, *said]
+    if config.client.dropout == 0 and config.attack.masks == "learn":
+        notes.append("the client uses no dropout, so there are no masks to learn")
+    if config.attack.masks == "true" or config.attack.tokens == "true":
+        notes.append("control run: the attacker is given a truth it would not have; this is not an attack")
+    ids = [_identifier(config, batch) for batch in batches]
+    return Session(config, loaded, trainable, frozen, tokenizer, batches, controls, ids, notes, work)
+
+
+def _keys(config: Config) -> Key[Array, " 3"]:
+    return jax.random.split(jax.random.key(config.seed), 3)
+
+
+def _batches(config: Config, model: Any, tokenizer: Any) -> tuple[list[data.ClientBatch], frozenset[int], list[str]]:
+    """The batches to attack, and one control batch of unrelated text where a single batch leaves no baseline."""
+    found = data.sentences(config.data)
+    longest = min(config.data.max_length, model.max_length)
+    shape = {"batch_size": config.batch_size, "longest": longest, "num_labels": model.num_labels}
+    batches = data.batches(found, tokenizer, count=config.num_batches, **shape)
+    notes = []
+    cut = sum(sum(batch.truncated) for batch in batches)
+    if cut:
+        notes.append(f"warning: {cut} sentence(s) longer than {longest} tokens were cut")
+    if any(s.label is None for batch in batches for s in batch.sentences):
+        notes.append("the data has no labels: every unlabelled sentence was given label 0")
+    if config.num_batches > 1:
+        return batches, frozenset(), notes
+    other = _unrelated(found, config, len(batches[0].batch.ids[0]), tokenizer)
+    control = data.encode(other, tokenizer, 1, longest, model.num_labels)
+    return [*batches, control], frozenset({1}), notes
+
+
+def _unrelated(found: Sequence[data.Sentence], config: Config, width: int, tokenizer: Any) -> list[data.Sentence]:
+    """Bundled sentences that are not attacked, of the batch's bucket where possible."""
+    attacked = {sentence.text for sentence in found[: config.batch_size]}
+    bundled = data.sentences(dataclasses.replace(config.data, name="builtin", start=0))
+    others = [s._replace(row=-1 - s.row) for s in reversed(bundled) if s.text not in attacked]
+    fits = lambda s: data.bucket(len(tokenizer(s.text)["input_ids"])) == width  # noqa: E731
+    return sorted(others, key=lambda s: not fits(s))[: config.batch_size]
+
+
+def _identifier(config: Config, batch: data.ClientBatch) -> str:
+    rows = [(s.text, s.label, s.row) for s in batch.sentences]
+    text = json.dumps([identity(config), about.code_version(), batch.index, rows], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _simulated(session: Session, index: int) -> simulate.Simulated:
+    return simulate.simulate(
+        _keys(session.config)[CLIENT], session.loaded.model, session.trainable, session.frozen,
+        session.batches[index], data.vocabulary(session.tokenizer), session.config,
+    )  # fmt: skip
+
+
+def _attack_group(session: Session, group: plan.Group, folder: Path, display: Display) -> None:
+    """Attack the client batches of a group together, unless all are finished."""
+    done = folders.finished(folder)
+    if all(session.ids[i] in done for i in group.members):
+        display.say(f"batches {_span(group)}: already done")
+        return
+    config = plan.resolved(session.config, session.plan)
+    simulated = [_simulated(session, i) for i in group.members]
+    base = _keys(config)[ATTACK]
+    keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(np.asarray(group.members))
+    saved = folder / "ckpt" / session.ids[group.members[0]]
+    total = config.attack.rounds * config.attack.steps
+    display.begin(f"batches {_span(group)}: {len(group.members)} x {list(group.shape)} [sentences, tokens]", total)
+    try:
+        results, seconds = _attack(session, config, keys, simulated, saved, display)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise InputError(
+                "the device is out of memory; lower --run_group, --attack_chunk or --attack_restarts"
+            ) from error
+        raise
+    finally:
+        display.end()
+    for i, truth, result in zip(group.members, simulated, results, strict=True):
+        if session.ids[i] in done:
+            continue
+        control = i in session.controls
+        line = record.record(session.ids[i], truth, result, session.tokenizer, control=control, seconds=seconds)
+        folders.append(folder, metrics.finite(line))
+        if not control:
+            display.say(report.terminal(line, colour=sys.stderr.isatty(), redact=config.report.redact))
+    shutil.rmtree(saved, ignore_errors=True)
+
+
+def _span(group: plan.Group) -> str:
+    return ", ".join(map(str, group.members))
+
+
+def _attack(
+    session: Session, config: Config, keys, simulated: list[simulate.Simulated], saved: Path, display: Display
+) -> tuple[list[Result], dict[str, float]]:
+    """Run or resume the attack, saving its state now and then; returns the results and seconds per client batch."""
+    recipe, problems = ATTACKS[config.attack.name], [s.problem for s in simulated]
+    checkpoints, clock, begin = Checkpoints(saved), CompileClock(), time.monotonic()
+    restored = checkpoints.restore({"state": recipe.start(keys, problems, config.attack), "seconds": np.zeros(2)})
+    spent = restored["seconds"] if restored else np.zeros(2)
+    latest = {"state": None, "saved": begin, "round": -1}
+
+    def elapsed() -> np.ndarray:
+        return spent + np.array([clock.seconds, time.monotonic() - begin - clock.seconds])
+
+    def save() -> None:
+        checkpoints.save({"state": latest["state"], "seconds": elapsed()})
+        latest["saved"] = time.monotonic()
+
+    def on_segment(state, progress) -> None:
+        text = lambda: data.decode(session.tokenizer, progress.ids[0, 0])[0]  # noqa: E731
+        display.show(progress, config.attack.rounds, text)
+        if state is None:
+            return
+        latest["state"] = state
+        due = time.monotonic() - latest["saved"] > 60 * config.run.checkpoint_minutes
+        if due or int(state.round) != latest["round"] >= 0:
+            save()
+        latest["round"] = int(state.round)
+
+    if restored:
+        display.say(f"  continuing from round {int(restored['state'].round) + 1}")
+    try:
+        results = recipe.attack(
+            keys,
+            problems,
+            config.attack,
+            state=restored["state"] if restored else None,
+            on_segment=on_segment,
+        )
+    except KeyboardInterrupt:
+        if latest["state"] is not None:
+            save()
+        raise
+    finally:
+        checkpoints.close()
+    compiled, attacked = elapsed() / len(problems)
+    return results, {"compile": float(compiled), "attack": float(attacked)}
+
+
+def finish(folder: Path, session: Session) -> Path:
+    """Summary and report from the results of this configuration."""
+    done = folders.finished(folder)
+    records = [done[i] for i in session.ids if i in done]
+    described = json.loads((folder / "run.json").read_text())
+    folders.write_json(folder / "summary.json", metrics.summarise(records, described))
+    report.save_curves(folder, records)
+    return report.render(folder)

@@ -1,0 +1,69 @@
+"""Scoring many candidates: the best of random proposals, and token batches in fixed-size chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+Tokens = Int[np.ndarray, "n b t"]
+Score = Callable[[Tokens], Float[np.ndarray, " n"]]
+
+
+def best_of(
+    key: Key[Array, ""],
+    propose: Callable[[Key[Array, ""]], Any],
+    score: Callable[[Any], Float[Array, ""]],
+    count: int,
+    chunk: int,
+    *,
+    start: Any,
+) -> tuple[Any, Float[Array, ""]]:
+    """The lowest-scoring of `start` and `count` random proposals, scored `chunk` at a time (vmapped) under jit.
+
+    Proposal i depends on `key` and i only, so the chunk size changes memory, never the result. NaN scores lose.
+    """
+    chunks = -(-count // chunk)
+
+    def one(carry, index):
+        numbers = index * chunk + jnp.arange(chunk)
+        proposals = jax.vmap(lambda i: propose(jax.random.fold_in(key, i)))(numbers)
+        scores = jax.vmap(score)(proposals)
+        scores = jnp.where(jnp.isnan(scores) | (numbers >= count), jnp.inf, scores)
+        winner = jnp.argmin(scores)
+        better = scores[winner] < carry[1]
+        pick = jax.tree.map(lambda new, old: jnp.where(better, new[winner], old), proposals, carry[0])
+        return (pick, jnp.minimum(scores[winner], carry[1])), None
+
+    first = score(start)
+    first = jnp.where(jnp.isnan(first), jnp.inf, first)
+    return jax.lax.scan(one, (start, first), jnp.arange(chunks))[0]
+
+
+def chunked(score: Callable[[Array], Array], chunk: int, on_progress: Callable[[int], None] | None = None) -> Score:
+    """A host function over any number of token batches from a jitted one over exactly `chunk` of them.
+
+    Scores are remembered: a beam proposes the same batch many times. Small calls run in a quarter chunk, so two
+    shapes are compiled. `on_progress` gets the number of different candidates evaluated so far.
+    """
+    known: dict[bytes, float] = {}
+
+    def run(candidates: Tokens) -> Float[np.ndarray, " n"]:
+        keys = [row.tobytes() for row in np.ascontiguousarray(candidates)]
+        fresh = {key: i for i, key in enumerate(keys) if key not in known}
+        order = list(fresh.values())
+        while order:
+            size = chunk if len(order) > chunk // 4 else max(1, chunk // 4)
+            now, order = order[:size], order[size:]
+            block = candidates[now + [now[-1]] * (size - len(now))]
+            for i, value in zip(now, np.asarray(score(jnp.asarray(block))), strict=False):
+                known[keys[i]] = float(value)
+            if on_progress:
+                on_progress(len(known))
+        return np.array([known[key] for key in keys])
+
+    return run

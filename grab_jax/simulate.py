@@ -1,0 +1,85 @@
+"""From a client batch to the attacker's problem: run the client, then keep only what the attacker is told."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from grab_jax import client, masks
+from grab_jax.config import Config
+from grab_jax.data import ClientBatch
+from grab_jax.types import Batch, Known, Masks, Problem, Vocabulary
+
+
+class Simulated(NamedTuple):
+    """A problem and the truth behind it: the batch and the client's dropout masks (None in evaluation mode)."""
+
+    batch: ClientBatch
+    problem: Problem
+    masks: Masks | None
+
+
+def simulate(
+    key: Key[Array, ""],
+    model: Any,
+    trainable: dict[str, Array],
+    frozen: dict[str, Array],
+    batch: ClientBatch,
+    vocabulary: Vocabulary,
+    config: Config,
+) -> Simulated:
+    """One client's FedSGD update and what the attacker knows about it.
+
+    Each sentence's dropout key is `key` folded with its row in the data, so a sentence keeps its masks in any batch.
+    """
+    ids, attention, _ = batch.batch
+    dropped = None
+    if config.client.dropout > 0:
+        keys = jnp.stack([jax.random.fold_in(key, s.row) for s in batch.sentences])
+        dropped = masks.sample(keys, model.sites, ids.shape[1])
+    labels = jax.nn.one_hot(batch.batch.labels, model.num_labels)
+    observed = compiled(model)(trainable, frozen, ids, attention, labels, dropped)
+    known = told(batch.batch, labels, dropped, vocabulary, config)
+    problem = Problem(
+        model, trainable, frozen, observed, known, vocabulary,
+        dropout=config.client.dropout > 0, lengths=config.known.lengths,
+    )  # fmt: skip
+    return Simulated(batch, problem, dropped)
+
+
+@lru_cache(maxsize=8)
+def compiled(model: Any):
+    """The jitted client step of a model."""
+    return jax.jit(client.fedsgd(model))
+
+
+def told(batch: Batch, labels: Array, dropped: Masks | None, vocabulary: Vocabulary, config: Config) -> Known:
+    """The attacker's knowledge under `config.known`, or a control's."""
+    ids, attention, _ = batch
+    position = jnp.arange(ids.shape[1])[None]
+    lengths = attention.sum(1, keepdims=True)
+    if not config.known.lengths:
+        lengths = jnp.broadcast_to(lengths.max(), lengths.shape)
+    visible = position < lengths
+    tokens = jnp.full(ids.shape, vocabulary.pad)
+    pinned = ~visible
+    if vocabulary.cls is not None:
+        pinned = pinned | (position == 0)
+        tokens = jnp.where(position == 0, vocabulary.cls, tokens)
+    if vocabulary.sep is not None and config.known.lengths:
+        pinned = pinned | (position == lengths - 1)
+        tokens = jnp.where(position == lengths - 1, vocabulary.sep, tokens)
+    if config.attack.tokens == "true":
+        visible, pinned, tokens = attention, jnp.ones_like(pinned), ids
+    return Known(
+        attention=visible,
+        ids=jnp.where(pinned, tokens, 0).astype(jnp.int32),
+        pinned=pinned,
+        free=visible & ~pinned,
+        labels=labels if config.known.labels else None,
+        masks=dropped if config.attack.masks == "true" else None,
+    )
