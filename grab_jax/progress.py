@@ -92,8 +92,9 @@ class Display:
         loss = [value for value in progress.loss.tolist() if value == value and value != float("inf")]
         mean = f", loss {sum(loss) / len(loss):.4g}" if loss else ""
         shown = text() if progress.ids is not None else ""
-        scored = f", {progress.scored} candidates scored" if progress.scored else ""
-        said = f"round {progress.round + 1}/{rounds} {progress.phase} {unit} {progress.step}/{progress.steps}{mean}{scored}"
+        scored = f", {progress.scored} scored" if progress.scored else ""
+        where = f"{unit} {progress.step}/{progress.steps}"
+        said = f"round {progress.round + 1}/{rounds} {progress.phase} {where}{mean}{scored}"
         return f"{said}: {shown[:80]}" if shown else said
 
     def end(self) -> None:
