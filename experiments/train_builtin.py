@@ -352,7 +352,13 @@ def open_state(keeper: ocp.CheckpointManager, model: models.Model, optimizer: An
     if keeper.latest_step() is None:
         return state
     template = ocp.args.StandardRestore(state._asdict())
-    found = State(**keeper.restore(keeper.latest_step(), args=template))
+    try:
+        found = State(**keeper.restore(keeper.latest_step(), args=template))
+    except ValueError as error:
+        raise InputError(
+            f"the checkpoint in {keeper.directory} is of another model; "
+            "give the same flags as before, or delete that folder"
+        ) from error
     print(f"resuming at step {found.step}", flush=True)
     return found
 

@@ -13,9 +13,10 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from grab_jax import losses, tuning
-from grab_jax.types import Masks, Update
+from grab_jax.leaves import Leaf
+from grab_jax.types import Masks
 
-Simulate = Callable[..., Update]
+Simulate = Callable[..., Mapping[str, Leaf]]
 
 
 def fedsgd(model: Any, *, factored: bool = False) -> Simulate:
@@ -34,7 +35,7 @@ def fedsgd(model: Any, *, factored: bool = False) -> Simulate:
         attention: Bool[Array, "b t"],
         labels: Float[Array, "b c"],
         masks: Masks | None = None,
-    ) -> Update:
+    ) -> Mapping[str, Leaf]:
         if factored:
             loss = lambda logits: losses.classification(logits, labels)  # noqa: E731
             params = tuning.merge(trainable, frozen)

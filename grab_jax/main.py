@@ -6,9 +6,11 @@ flags, `--mode=report --run_dir=...` rebuilds a report, `--dry_run` prints the p
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
+import jax
 from absl import app, logging
 from absl import flags as absl_flags
 
@@ -60,6 +62,8 @@ def _parse(args: list[str]) -> list[str]:
 
 def entry() -> None:
     """Define the flags and start."""
+    # Each CPU core is a device of its own: independent client batches then run side by side.
+    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     flags.define(Config())
     app.run(main, flags_parser=_parse)
 

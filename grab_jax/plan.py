@@ -15,7 +15,7 @@ from grab_jax.config import Config
 from grab_jax.data import ClientBatch
 
 MOST_CHUNK = 64
-STEP_OVER_SCORE = 2.6
+STEP_OVER_SCORE = 2.1
 """Cost of one continuous step over one first-order score, as measured on a CPU (experiments/bench_batching.py)."""
 
 

@@ -99,7 +99,7 @@ def describe(config: Config) -> str:
         f"{work.chunk} candidates scored at once",
         f"compilations about {work.compilations}",
         f"work         at most {work.steps} continuous steps and about {work.scores} candidate scores",
-        f"time         about {_clock(plan.seconds(work, _timed_score(session)))} on {about.device()}, without compilation",
+        f"time         about {_clock(plan.seconds(work, _timed_score(session)))} without compilation, {about.device()}",
         *(f"note         {note}" for note in session.notes),
     ]
     return "\n".join(lines)

@@ -317,6 +317,11 @@ def test_difference_to_the_baseline_decides():
     assert outcome(batches(2, 2)) == metrics.LEAK
 
 
+def test_one_lucky_sentence_is_not_enough():
+    # 37.5 points on one of four sentences: the interval of the mean reaches from 0 to far above 5
+    assert outcome([batches(4, 3)[0], *batches(4, 0)[1:]]) == metrics.NO_LEAK
+
+
 def test_without_a_baseline_chance_is_granted_generously():
     assert outcome(batches(1, 4)) == metrics.NO_LEAK  # 50 - 30 is not above 20
     assert outcome(batches(1, 5)) == metrics.LEAK

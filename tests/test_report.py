@@ -311,6 +311,28 @@ def test_redaction_keeps_one_piece_per_token():
     assert [piece.text for piece in truth[0][:9]] == ["please", "ask", "[name]", "·", "·", "(", "born", "[number]", ")"]
 
 
+def texts_of(row):
+    return [piece.text for piece in row]
+
+
+def test_a_known_name_is_hidden_at_the_start_of_a_sentence():
+    one = record(truths=["We saw Mary . Mary left ."], founds=[])
+    truth, _ = report.display(one, report.private([one]))
+    assert texts_of(truth[0]) == ["we", "saw", "[name]", ".", "[name]", "left", "."]
+
+
+def test_names_of_other_batches_are_hidden_too():
+    one, other = record(truths=["We saw Mary"], founds=[]), record(founds=["mary sat"])
+    assert texts_of(report.display(other, report.private([one, other]))[1][0]) == ["[name]", "sat"]
+
+
+def test_marks_inside_a_hidden_item_are_hidden():
+    one = record(truths=["at 14:30 sharp"], founds=["at 14 : 30 sharp"])
+    one["sentences"][0]["tokens"] = ["at", "14", ":", "30", "sharp"]
+    truth, found = report.display(one, report.private([one]))
+    assert texts_of(truth[0]) == texts_of(found[0]) == ["at", "[number]", "·", "·", "sharp"]
+
+
 def test_redaction_changes_no_record():
     before = copy.deepcopy(SECRET)
     report.display(SECRET, report.private([SECRET]))

@@ -118,15 +118,16 @@ def start(keys: Key[Array, " k"], problems: Sequence[Problem], config: AttackCon
 
 
 def _job(keys, problems: Sequence[Problem], config: AttackConfig, on_segment: OnSegment | None) -> Job:
-    compiled = programs.compiled(problems[0].model, config, problems[0].vocabulary.pad)
+    mesh = programs.mesh_for(len(problems))
+    compiled = programs.compiled(problems[0].model, config, problems[0].vocabulary.pad, mesh)
     notify = on_segment or (lambda _state, _progress: None)
-    return Job(keys, problems, config, programs.stack(problems), compiled, notify)
+    return Job(keys, problems, config, programs.stack(problems, mesh), compiled, notify)
 
 
 def _blank(job: Job) -> State:
     k, (b, t) = len(job.problems), job.problems[0].known.ids.shape
     table = programs.word_table(job.problems[0].model, job.shared.trainable, job.shared.frozen)
-    zero = Candidate(jnp.zeros((b, t, table.shape[1]), table.dtype), *_unknowns(job.keys[0], job, 0))
+    zero = Candidate(jnp.zeros((b, t, table.shape[1]), table.dtype), *_unknowns(job.keys[0], job))
     repeated = lambda *axes: jax.tree.map(lambda leaf: jnp.zeros((*axes, *leaf.shape), leaf.dtype), zero)  # noqa: E731
     return State(
         *(np.zeros((), np.int32),) * 3,
@@ -142,9 +143,9 @@ def _blank(job: Job) -> State:
     )
 
 
-def _unknowns(key: Key[Array, ""], job: Job, j: int):
+def _unknowns(key: Key[Array, ""], job: Job):
     """First draws of masks and soft labels; None where they are not searched."""
-    problem, config = job.problems[j], job.config
+    problem, config = job.problems[0], job.config
     batch, length = problem.known.ids.shape
     mask_key, label_key = jax.random.split(key)
     drawn = labels = None
@@ -158,40 +159,58 @@ def _unknowns(key: Key[Array, ""], job: Job, j: int):
 
 def _select(job: Job, state: State) -> State:
     """A start for every client batch and restart; optimiser and schedule begin anew."""
+    k, mesh = len(job.problems), job.programs.mesh
+    keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, state.round), (job.config.restarts, 2)))(
+        job.keys
+    )
+    candidates = _before_start(job, state, keys[..., 0])
+    choose = job.programs.again if state.round else job.programs.first
+    ids = (jnp.asarray(state.discrete),) if state.round else ()
+    keys, candidates, *ids = programs.fill((keys[..., 1], candidates, *ids), mesh)
     chosen = []
-    for j in range(len(job.problems)):
-        for n in range(job.config.restarts):
-            chosen.append(_one_start(job, state, j, n))
-        job.notify(None, _progress(job, state, j + 1, state.scores[:, 1], None))
-    k, n = len(job.problems), job.config.restarts
-    grouped = jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(k, n, *leaves[0].shape), *chosen)
-    return state._replace(descent=job.programs.init(grouped), phase=np.int32(CONTINUOUS), step=np.int32(0))
+    for i in range(len(keys) // mesh.size):
+        chosen.append(choose(keys, candidates, *ids, i, job.shared))
+        job.notify(None, _progress(job, state, min(k, (i + 1) * mesh.size), state.scores[:, 1], None))
+    # The i-th result holds the i-th batch of every device: interleave them back into the order of the batches.
+    together = jax.tree.map(lambda *leaves: _interleave(leaves, k), *chosen)
+    return state._replace(descent=job.programs.init(together), phase=np.int32(CONTINUOUS), step=np.int32(0))
 
 
-def _one_start(job: Job, state: State, j: int, n: int) -> Candidate:
-    if state.done[j]:
-        return programs.at(state.solution, j)
-    key = jax.random.fold_in(jax.random.fold_in(job.keys[j], state.round), n)
-    unknown_key, start_key = jax.random.split(key)
-    solution = programs.at(state.solution, j)
-    if state.round > 0:
-        return job.programs.again(start_key, j, solution, state.discrete[j], job.shared)
-    return job.programs.first(start_key, j, Candidate(solution.embeds, *_unknowns(unknown_key, job, j)), job.shared)
+def _interleave(leaves: Sequence[Array], k: int) -> Array:
+    stacked = np.stack([np.asarray(leaf) for leaf in leaves], axis=1)
+    return jnp.asarray(stacked.reshape(-1, *stacked.shape[2:])[:k])
+
+
+def _before_start(job: Job, state: State, keys: Key[Array, "k n"]) -> Candidate:
+    """Candidates `[k n ...]` with first draws of the unknowns, or with those of the last solution."""
+    n = job.config.restarts
+    repeated = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[:, None], n, axis=1), state.solution)
+    if state.round:
+        return repeated
+    draw = jax.vmap(jax.vmap(lambda key: _unknowns(key, job)))
+    masks_drawn, labels = draw(keys)
+    return Candidate(repeated.embeds, masks_drawn, labels)
 
 
 def _descend(job: Job, state: State) -> State:
     """One segment of the continuous phase."""
+    k, r = len(job.problems), int(state.round)
     stop = min(int(state.step) + SEGMENT, job.config.steps)
-    r = int(state.round)
-    found, losses = job.programs.run(state.descent, jnp.asarray(state.losses[:, r]), state.step, stop, job.shared)
+    begin = programs.fill((state.descent, jnp.asarray(state.losses[:, r])), job.programs.mesh)
+    found, losses = programs.at(job.programs.run(*begin, state.step, stop, job.shared), slice(k))
     kept = np.array(state.losses)
     kept[:, r] = losses
     phase = DISCRETE if stop == job.config.steps else CONTINUOUS
     step = 0 if phase == DISCRETE else stop
     state = state._replace(descent=found, losses=kept, phase=np.int32(phase), step=np.int32(step))
-    ids = np.asarray(job.programs.tokens(found.candidate.embeds, job.shared)[0])[:, 0]
+    ids = _tokens(job, found.candidate.embeds[:, 0])
     job.notify(state, _progress(job, state, stop, kept[:, r, stop - 1], ids, phase="continuous"))
     return state
+
+
+def _tokens(job: Job, embeds: Float[Array, "... t d"]) -> Int[np.ndarray, "... t"]:
+    table = programs.word_table(job.problems[0].model, job.shared.trainable, job.shared.frozen)
+    return np.asarray(job.programs.tokens(np.asarray(embeds), table)[0])
 
 
 def _substitute(job: Job, state: State) -> State:
@@ -211,8 +230,8 @@ def _substitute(job: Job, state: State) -> State:
 def _improve(job: Job, state: State, j: int) -> State:
     """Choose the best restart of batch j, add its tokens to the pools, and search them by beam."""
     r, config, problem = int(state.round), job.config, job.problems[j]
-    candidates = programs.at(state.descent.candidate, j)
-    tokens = np.asarray(job.programs.tokens(candidates.embeds, job.shared)[0])
+    candidates = jax.device_get(programs.at(state.descent.candidate, j))
+    tokens = _tokens(job, candidates.embeds)
     scores = [_scorer(job, j, programs.at(candidates, n))(tokens[n : n + 1])[0] for n in range(config.restarts)]
     n = int(np.argmin(scores))
     solution, continuous = programs.at(candidates, n), tokens[n]
@@ -255,8 +274,11 @@ def _with(array: np.ndarray, j: int, value: Any) -> np.ndarray:
 
 
 def _scorer(job: Job, j: int, candidate: Candidate, tick: Callable[[int], None] | None = None) -> scoring.Score:
-    score = lambda ids: job.programs.score(ids, j, candidate, job.shared)  # noqa: E731
-    return scoring.chunked(score, job.config.chunk or programs.CHUNK, tick)
+    context = programs.context(job.problems[j], job.programs.mesh, job.shared)
+    score = lambda ids: job.programs.score(ids, candidate, context)  # noqa: E731
+    devices = job.programs.mesh.size
+    chunk = job.config.chunk or programs.CHUNK
+    return scoring.chunked(score, max(1, chunk // devices) * devices, tick, multiple=devices)
 
 
 def _discrete_starts(job: Job, j: int, r: int, continuous, previous, free) -> Int[np.ndarray, "n b t"]:
@@ -321,5 +343,5 @@ def _trace(state: State, j: int, config: AttackConfig) -> list[dict[str, Any]]:
     return trace
 
 
-def _point(r: int, phase: str, step: int, loss: float) -> dict[str, Any]:
+def _point(r: int, phase: str, step: int, loss: float | np.floating) -> dict[str, Any]:
     return {"round": r, "phase": phase, "step": step, "loss": float(loss)}

@@ -1,6 +1,7 @@
 """The compiled pieces of a gradient-matching attack: starts, descent, tokens, scores; one compilation per shape.
 
-Client batches of one shape are stacked on a leading axis k and attacked together; the weights are shared.
+Client batches of one shape are stacked on a leading axis k, attacked together and split over the local devices; the
+weights are shared. Nothing is communicated between devices.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from grab_jax import distances, masks, matching
@@ -32,13 +35,15 @@ class Shared(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Jitted functions.
+    """Jitted functions; those over all client batches are split over the local devices of `mesh`.
 
-    `first(key, j, candidate, shared)` and `again(key, j, candidate, ids, shared)` choose a start for batch j;
-    `init(candidates)` begins a descent, `run(state, losses, step, stop, shared)` advances it; `tokens(embeds, shared)`
-    are the nearest tokens and their cosines; `score(ids, j, candidate, shared)` rates token batches `[n b t]`.
+    `first(keys, candidates, i, shared)` and `again(keys, candidates, ids, i, shared)` choose a start for the i-th batch
+    of every device, all restarts; `init(candidates)` begins a descent, `run(state, losses, step, stop, shared)`
+    advances it; `tokens(embeds, table)` are the nearest tokens and their cosines; `score(ids, candidate, context)`
+    rates token batches `[n b t]` against the batch of `context`.
     """
 
+    mesh: Mesh
     first: Callable[..., Candidate]
     again: Callable[..., Candidate]
     init: Callable[..., descent.State]
@@ -47,14 +52,35 @@ class Programs(NamedTuple):
     score: Callable[..., Array]
 
 
-def stack(problems: Sequence[Problem]) -> Shared:
-    """Put problems of one shape and the same weights side by side."""
+Context = tuple[dict[str, Array], dict[str, Array], dict[str, Array], Known]
+"""`(trainable, frozen, observed, known)` of one client batch."""
+
+_SPLIT, _WHOLE = PartitionSpec("k"), PartitionSpec()
+_SHARED = Shared(_WHOLE, _WHOLE, _SPLIT, _SPLIT)
+
+
+def mesh_for(batches: int) -> Mesh:
+    """As many local devices as there are client batches to split over them."""
+    return Mesh(np.array(jax.local_devices()[: max(1, batches)]), ("k",))
+
+
+def stack(problems: Sequence[Problem], mesh: Mesh) -> Shared:
+    """Put problems of one shape side by side on the mesh, the last one repeated to fill it; weights are replicated."""
+    filled = [*problems, *[problems[-1]] * (-len(problems) % mesh.size)]
     together = lambda *leaves: jnp.stack(leaves)  # noqa: E731
-    return Shared(
-        dict(problems[0].trainable),
-        dict(problems[0].frozen),
-        jax.tree.map(together, *[dict(p.observed) for p in problems]),
-        jax.tree.map(together, *[p.known for p in problems]),
+    observed = jax.tree.map(together, *[dict(p.observed) for p in filled])
+    known = jax.tree.map(together, *[p.known for p in filled])
+    whole, split = NamedSharding(mesh, _WHOLE), NamedSharding(mesh, _SPLIT)
+    weights = jax.device_put((dict(problems[0].trainable), dict(problems[0].frozen)), whole)
+    return Shared(*weights, *jax.device_put((observed, known), split))
+
+
+def fill(tree: Any, mesh: Mesh) -> Any:
+    """Repeat the last entry of every leaf's leading axis until the mesh divides it."""
+    missing = lambda leaf: -leaf.shape[0] % mesh.size  # noqa: E731
+    return jax.tree.map(
+        lambda leaf: jnp.concatenate([leaf, jnp.repeat(leaf[-1:], missing(leaf), axis=0)]) if missing(leaf) else leaf,
+        tree,
     )
 
 
@@ -63,13 +89,19 @@ def at(tree: Any, j: int | Array) -> Any:
     return jax.tree.map(lambda leaf: leaf[j], tree)
 
 
+def context(problem: Problem, mesh: Mesh, shared: Shared) -> Context:
+    """One problem on every device."""
+    alone = jax.device_put((dict(problem.observed), problem.known), NamedSharding(mesh, _WHOLE))
+    return shared.trainable, shared.frozen, *alone
+
+
 def word_table(model: Any, trainable: dict[str, Array], frozen: dict[str, Array]) -> Float[Array, "v d"]:
     """The word embeddings, trained or frozen."""
     return {**frozen, **trainable}[model.word_table]
 
 
 @lru_cache(maxsize=8)
-def compiled(model: Any, config: AttackConfig, pad: int) -> Programs:
+def compiled(model: Any, config: AttackConfig, pad: int, mesh: Mesh) -> Programs:
     """The programs of one model and setting; the same arguments give the same (already compiled) functions."""
     distance = distances.by_name(config.distance, config.l1)
     objective = matching.embedding_objective(model, distance)
@@ -79,48 +111,65 @@ def compiled(model: Any, config: AttackConfig, pad: int) -> Programs:
     )  # fmt: skip
     search = descent.descent(objective, optimizer, lambda *args: project(model, *args))
     first, again = _starts(model, config, objective)
-    score = _scores(matching.token_objective(model, distance, pad))
+    token_score = matching.token_objective(model, distance, pad)
 
-    def tokens(embeds, shared):
-        return vocabulary.nearest(embeds, word_table(model, shared.trainable, shared.frozen))
+    def score(ids, candidate, context):
+        return jax.vmap(lambda one: token_score(one, candidate.masks, candidate.labels, *context))(ids)
 
-    init = jax.vmap(jax.vmap(search.init))
-    return Programs(*map(jax.jit, (first, again, init, _descent(search), tokens, score)))
+    def split(function, *specs, out=_SPLIT):
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+        return jax.jit(mapped)
 
-
-def _context(shared: Shared, j: Array) -> tuple[dict, dict, dict, Known]:
-    return shared.trainable, shared.frozen, at(shared.observed, j), at(shared.known, j)
+    return Programs(
+        mesh,
+        first=split(first, _SPLIT, _SPLIT, _WHOLE, _SHARED),
+        again=split(again, _SPLIT, _SPLIT, _SPLIT, _WHOLE, _SHARED),
+        init=jax.jit(jax.vmap(jax.vmap(search.init))),
+        run=split(_descent(search), _SPLIT, _SPLIT, _WHOLE, _WHOLE, _SHARED),
+        tokens=jax.jit(vocabulary.nearest),
+        score=split(score, _SPLIT, _WHOLE, _WHOLE),
+    )
 
 
 def _starts(model: Any, config: AttackConfig, objective: matching.Objective):
+    """Per device: a start for each restart of its i-th client batch."""
     sizes = lambda count: {"count": count, "chunk": min(config.chunk or CHUNK, max(count, 1))}  # noqa: E731
 
+    def scored(candidate, context):
+        return lambda embeds: objective(candidate._replace(embeds=embeds), *context)
+
     def permuted(key, candidate, context, *, shared):
-        score = lambda embeds: objective(candidate._replace(embeds=embeds), *context)  # noqa: E731
-        free = context[3].free
-        embeds = starts.permuted(key, score, candidate.embeds, free, shared=shared, **sizes(config.permutations))
+        args = (scored(candidate, context), candidate.embeds, context[3].free)
+        embeds = starts.permuted(key, *args, shared=shared, **sizes(config.permutations))
         return candidate._replace(embeds=embeds)
 
-    def first(key, j, candidate, shared):
-        context = _context(shared, j)
+    def drawn(key, candidate, context):
         table, known = word_table(model, *context[:2]), context[3]
         draw_key, order_key = jax.random.split(key)
-        score = lambda embeds: objective(candidate._replace(embeds=embeds), *context)  # noqa: E731
-        norm = jnp.linalg.norm(table, axis=1).mean()
-        args = (score, table[known.ids], known.pinned, norm)
+        args = (scored(candidate, context), table[known.ids], known.pinned, jnp.linalg.norm(table, axis=1).mean())
         embeds = starts.gaussian(draw_key, *args, **sizes(config.candidates))
         return permuted(order_key, candidate._replace(embeds=embeds), context, shared=True)
 
-    def again(key, j, candidate, ids, shared):
-        context = _context(shared, j)
-        embeds = word_table(model, *context[:2])[ids]
-        return permuted(key, candidate._replace(embeds=embeds), context, shared=False)
+    def mine(i, shared):
+        return shared.trainable, shared.frozen, at(shared.observed, i), at(shared.known, i)
+
+    def first(keys, candidates, i, shared):
+        context = mine(i, shared)
+        chosen = jax.lax.map(lambda pair: drawn(*pair, context), (keys[i], at(candidates, i)))
+        return jax.tree.map(lambda leaf: leaf[None], chosen)
+
+    def again(keys, candidates, ids, i, shared):
+        context = mine(i, shared)
+        embeds = word_table(model, *context[:2])[ids[i]]
+        one = lambda pair: permuted(pair[0], pair[1]._replace(embeds=embeds), context, shared=False)  # noqa: E731
+        chosen = jax.lax.map(one, (keys[i], at(candidates, i)))
+        return jax.tree.map(lambda leaf: leaf[None], chosen)
 
     return first, again
 
 
 def _descent(search: descent.Descent):
-    """The continuous phase: one loop over steps, vmapped over client batches and restarts."""
+    """The continuous phase: one loop over steps, vmapped over a device's client batches and their restarts."""
 
     def run(state, losses, step, stop, shared):
         over_restarts = jax.vmap(search.step, in_axes=(0, None, None, None, None))
@@ -134,14 +183,6 @@ def _descent(search: descent.Descent):
         return jax.lax.while_loop(lambda carry: carry[2] < stop, body, (state, losses, step))[:2]
 
     return run
-
-
-def _scores(objective: matching.Objective):
-    def score(ids, j, candidate, shared):
-        context = _context(shared, j)
-        return jax.vmap(lambda one: objective(one, candidate.masks, candidate.labels, *context))(ids)
-
-    return score
 
 
 def project(model: Any, candidate: Candidate, trainable, frozen, _observed, known: Known) -> Candidate:

@@ -32,7 +32,7 @@ def sweep(
     starts: Int[np.ndarray, "s b t"],
     scores: Float[np.ndarray, " s"],
     free: Bool[np.ndarray, "b t"],
-    pools: Sequence[Int[np.ndarray, " p"]],
+    pools: Sequence[Int[np.ndarray, " _"]],
     width: int = 4,
 ) -> tuple[Int[np.ndarray, "s b t"], Float[np.ndarray, " s"]]:
     """One pass over all free positions, improving every start independently.
@@ -51,7 +51,7 @@ def sweep(
     """
     beams = [start[None] for start in starts]
     kept = [np.array([value]) for value in scores]
-    for row, position in zip(*np.nonzero(free), strict=True):
+    for row, position in np.argwhere(free).tolist():
         if len(pools[row]) == 0:
             continue
         grown = [_substitute(beam, row, position, pools[row]) for beam in beams]
@@ -73,7 +73,7 @@ def search(
     score: Score,
     starts: Int[np.ndarray, "n b t"],
     free: Bool[np.ndarray, "b t"],
-    pools: Sequence[Int[np.ndarray, " p"]],
+    pools: Sequence[Int[np.ndarray, " _"]],
     *,
     width: int = 4,
     sweeps: int = 5,

@@ -44,20 +44,27 @@ def best_of(
     return jax.lax.scan(one, (start, first), jnp.arange(chunks))[0]
 
 
-def chunked(score: Callable[[Array], Array], chunk: int, on_progress: Callable[[int], None] | None = None) -> Score:
+def chunked(
+    score: Callable[[Array], Array],
+    chunk: int,
+    on_progress: Callable[[int], None] | None = None,
+    *,
+    multiple: int = 1,
+) -> Score:
     """A host function over any number of token batches from a jitted one over exactly `chunk` of them.
 
-    Scores are remembered: a beam proposes the same batch many times. Small calls run in a quarter chunk, so two
-    shapes are compiled. `on_progress` gets the number of different candidates evaluated so far.
+    Scores are remembered: a beam proposes the same batch many times. Small calls run in a quarter chunk (rounded up to
+    `multiple`), so two shapes are compiled. `on_progress` gets the number of different candidates evaluated so far.
     """
     known: dict[bytes, float] = {}
+    quarter = min(chunk, -(-max(1, chunk // 4) // multiple) * multiple)
 
     def run(candidates: Tokens) -> Float[np.ndarray, " n"]:
         keys = [row.tobytes() for row in np.ascontiguousarray(candidates)]
         fresh = {key: i for i, key in enumerate(keys) if key not in known}
         order = list(fresh.values())
         while order:
-            size = chunk if len(order) > chunk // 4 else max(1, chunk // 4)
+            size = chunk if len(order) > quarter else quarter
             now, order = order[:size], order[size:]
             block = candidates[now + [now[-1]] * (size - len(now))]
             for i, value in zip(now, np.asarray(score(jnp.asarray(block))), strict=False):
