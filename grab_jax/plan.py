@@ -54,10 +54,10 @@ def make(config: Config, model: Any, trainable: dict[str, Any], batches: Sequenc
     for batch in batches:
         by_shape.setdefault(tuple(batch.batch.ids.shape), []).append(batch.index)
     largest = max(by_shape, key=lambda shape: shape[0] * shape[1])
-    one_step = 6 * _activations(model, *largest) + _forms_table(model, trainable, largest)
+    one_step = 6 * _activations(model, *largest) + _formed_table(model, trainable)
     budget = 0.6 * memory - 2 * shared
     size = int(max(1, min(config.run.group, budget // (shared + config.attack.restarts * one_step))))
-    one_score = 2 * _activations(model, *largest) + _forms_table(model, trainable, largest)
+    one_score = 2 * _activations(model, *largest) + _formed_table(model, trainable)
     chunk = config.attack.chunk or int(max(1, min(MOST_CHUNK, (budget - size * shared) // one_score)))
     groups = [
         Group(shape, tuple(members[i : i + size]))
@@ -76,9 +76,8 @@ def _activations(model: Any, batch: int, length: int) -> int:
     return 4 * batch * length * layers * (16 * model.width + 3 * heads * length)
 
 
-def _forms_table(model: Any, trainable: dict[str, Any], shape: tuple[int, int]) -> int:
-    """Where the word table is trained, each candidate's gradient of it is formed."""
-    del shape
+def _formed_table(model: Any, trainable: dict[str, Any]) -> int:
+    """Bytes per candidate of the word table's gradient, which is formed where the table is trained."""
     return 8 * int(np.prod(trainable[model.word_table].shape)) if model.word_table in trainable else 0
 
 
