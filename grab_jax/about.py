@@ -16,6 +16,12 @@ import jax
 
 from grab_jax.config import Config, identity
 
+RESULT_CODE = (
+    "models/*.py", "search/*.py", "attacks/*.py", "masks.py", "losses.py", "tuning.py", "client.py", "simulate.py",
+    "leaves.py", "distances.py", "matching.py", "data.py", "record.py",
+)  # fmt: skip
+"""What can change a reconstruction; reports and progress cannot."""
+
 
 def about(config: Config, model: Any, parameters: int, notes: list[str]) -> dict[str, Any]:
     """The content of `run.json`."""
@@ -46,9 +52,13 @@ def _setting(config: Config, model: Any) -> list[str]:
     frozen = "word and position embeddings frozen" if config.client.frozen == "embeddings" else "everything trained"
     return [
         f"One FedSGD step of sequence classification with {config.model.name} ({model.family}, width {model.width}, "
-        f"{model.config.num_hidden_layers} layers), {config.batch_size} sentence(s) per client batch.",
+        f"{model.config.num_hidden_layers} layers), {_count(config.batch_size, 'sentence')} per client batch.",
         f"Client in {'training' if config.client.dropout else 'evaluation'} mode: {dropout}; {frozen}.",
     ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _assumptions(config: Config) -> list[str]:
@@ -93,15 +103,7 @@ def _git() -> str | None:
 
 
 def code_version() -> str:
-    """Hash of the package's sources: part of every result's identity."""
-    digest = hashlib.sha256()
+    """Hash of the sources that decide a result: part of every result's identity."""
     root = Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        if path.name not in (
-            "report.py",
-            "progress.py",
-            "main.py",
-            "flags.py",
-        ):  # they cannot change a result
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    files = [file for name in RESULT_CODE for file in sorted(root.glob(name))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]

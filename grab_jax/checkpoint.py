@@ -15,7 +15,9 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, create=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        # With the handler named, a damaged newest state cannot mislead orbax about the others.
+        handler = ocp.StandardCheckpointHandler()
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handler)
 
     def save(self, state: Any) -> None:
         """Write a pytree of arrays, atomically."""
@@ -24,12 +26,14 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, template: Any) -> Any | None:
-        """The newest saved state with the structure of `template`, or None."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+        """The newest readable state with the structure of `template`, or None; a damaged one gives way to the older."""
         host = jax.tree.map(np.asarray, template)
-        return self._manager.restore(step, args=ocp.args.StandardRestore(host))
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return self._manager.restore(step, args=ocp.args.StandardRestore(host))
+            except (ValueError, KeyError, OSError):  # what orbax raises for missing and cut files
+                continue
+        return None
 
     def close(self) -> None:
         """Release the files."""

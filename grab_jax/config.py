@@ -127,6 +127,7 @@ class RunConfig:
     def __post_init__(self):
         _require(self.group >= 1, "run_group", self.group, "1 or more")
         _require(self.memory_gb is None or self.memory_gb > 0, "run_memory_gb", self.memory_gb, "a positive number")
+        _require(self.checkpoint_minutes >= 0, "run_checkpoint_minutes", self.checkpoint_minutes, "0 or more")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from grab_jax.config import DataConfig
 from grab_jax.types import Batch, InputError, Vocabulary
@@ -83,7 +84,7 @@ def _read(config: DataConfig) -> list[Sentence]:
 
 
 def _jsonl(path: Path) -> Iterator[Sentence]:
-    for row, line in enumerate(path.read_text("utf-8").splitlines()):
+    for row, line in enumerate(_lines(path)):
         if not line.strip():
             continue
         try:
@@ -94,14 +95,23 @@ def _jsonl(path: Path) -> Iterator[Sentence]:
 
 
 def _csv(path: Path) -> Iterator[Sentence]:
-    with path.open(newline="", encoding="utf-8") as file:
-        for row, record in enumerate(csv.DictReader(file)):
-            yield _sentence(record, row, f"{path}, record {row + 1}")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row, record in enumerate(reader):
+                yield _sentence(record, row, f"{path}, line {reader.line_num}")
+        except csv.Error as error:
+            raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 
 
 def _txt(path: Path) -> Iterator[Sentence]:
-    for row, line in enumerate(path.read_text("utf-8").splitlines()):
+    for row, line in enumerate(_lines(path)):
         yield Sentence(line.strip(), None, row)
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines end at line breaks only: `str.splitlines` would also cut at U+2028 and its kin inside a sentence."""
+    return path.read_text("utf-8-sig").split("\n")
 
 
 def _sentence(record: Any, row: int, where: str) -> Sentence:
@@ -110,9 +120,12 @@ def _sentence(record: Any, row: int, where: str) -> Sentence:
         raise InputError(f'{where}: expected a record with "text" (a string) and "label", got {str(record)[:80]}')
     label = record.get("label")
     try:
-        return Sentence(record[column].strip(), None if label in (None, "") else int(label), row)
-    except ValueError as error:
+        number = None if label in (None, "") else int(label)
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where}: label {label!r} is not an integer") from error
+    if isinstance(label, float) and number != label:
+        raise InputError(f"{where}: label {label!r} is not an integer")
+    return Sentence(record[column].strip(), number, row)
 
 
 def _from_hub(config: DataConfig) -> list[Sentence]:
@@ -144,6 +157,9 @@ def load_tokenizer(folder: str) -> Any:
     """The tokenizer of a model folder; a missing padding token becomes the end-of-text one (GPT-2)."""
     from transformers import AutoTokenizer
 
+    # Without these files transformers makes up a tokenizer that knows no word.
+    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        raise InputError(f"{folder} has no tokenizer; expected tokenizer.json, vocab.txt or vocab.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for missing and damaged tokenizer files
@@ -152,6 +168,8 @@ def load_tokenizer(folder: str) -> Any:
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"the tokenizer of {folder} has neither a padding nor an end token; name one in it")
     return tokenizer
 
 
@@ -215,10 +233,14 @@ def encode(group: Sequence[Sentence], tokenizer: Any, index: int, longest: int, 
     )
 
 
-def decode(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[str]]:
-    """Text and tokens of one reconstructed row: padding ends it, special tokens are dropped."""
+def decode(tokenizer: Any, ids: Sequence[int] | Int[np.ndarray, " t"]) -> tuple[str, list[str]]:
+    """Text and tokens of one reconstructed row: padding ends it, special tokens are dropped.
+
+    An id that the tokenizer does not know (a model's table may be longer) becomes the token `<id>`.
+    """
     row = [int(i) for i in ids]
     row = row[: row.index(tokenizer.pad_token_id)] if tokenizer.pad_token_id in row else row
     special = set(tokenizer.all_special_ids)
     kept = [i for i in row if i not in special]
-    return tokenizer.decode(kept, clean_up_tokenization_spaces=True).strip(), tokenizer.convert_ids_to_tokens(kept)
+    tokens = [token or f"<{i}>" for i, token in zip(kept, tokenizer.convert_ids_to_tokens(kept), strict=True)]
+    return tokenizer.decode(kept, clean_up_tokenization_spaces=True).strip(), tokens

@@ -53,7 +53,13 @@ def normalised(candidate: Mapping[str, Leaf], observed: Update, weight: float = 
 
 def similarity(a: Leaf, b: Float[Array, ...]) -> Float[Array, ""]:
     """Cosine of the angle between two tensors; 0 where one of them is zero."""
-    return inner(a, b) / jnp.maximum(root(square_norm(a)) * root(square_norm(b)), 1e-20)
+    return inner(a, b) / _length(a) / _length(b)
+
+
+def _length(leaf: Leaf) -> Float[Array, ""]:
+    """The norm, or 1 for a zero tensor, so that dividing by it keeps value and gradient finite."""
+    norm = root(square_norm(leaf))
+    return jnp.where(norm > 0, norm, 1.0)
 
 
 def _has_direction(path: str) -> bool:

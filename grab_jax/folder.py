@@ -27,11 +27,14 @@ def open_folder(config: Config, about: Callable[[], dict[str, Any]]) -> Path:
     folder = Path(config.run.dir) if config.run.dir else default_folder(config)
     described = folder / "run.json"
     if described.is_file():
-        _check_same(folder, json.loads(described.read_text()), config)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        _check_same(folder, _object(described.read_text("utf-8", "replace"), str(described)), config)
+    elif folder.exists() and (not folder.is_dir() or any(path != _partial(described) for path in folder.iterdir())):
         raise InputError(f"--run_dir={folder} exists and is not a run folder; give an empty or new folder")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--run_dir={folder} cannot be created ({error.strerror}); give another folder") from error
         write_json(described, about())
     (folder / "flags.txt").write_text(flags.flagfile(dataclasses.replace(config, dry_run=False)))
     return folder
@@ -56,9 +59,23 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Atomically, so that a kill never leaves half a file."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{where} is damaged ({error}); delete it, or give another --run_dir") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where} is damaged (no JSON object); delete it, or give another --run_dir")
+    return value
 
 
 def finished(folder: Path) -> dict[str, dict[str, Any]]:
@@ -66,11 +83,13 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / "results.jsonl"
     if not path.is_file():
         return {}
-    lines = path.read_text("utf-8").split("\n")
-    if lines[-1]:
-        path.write_text("".join(line + "\n" for line in lines[:-1]), "utf-8")
-    records = [json.loads(line) for line in lines[:-1] if line]
-    return {record["id"]: record for record in records}
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    lines = content[:whole].decode("utf-8", "replace").split("\n")
+    records = [_object(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line]
+    return {record.get("id"): record for record in records}
 
 
 def append(folder: Path, record: dict[str, Any]) -> None:

@@ -65,6 +65,7 @@ def entry() -> None:
     # Each CPU core is a device of its own: independent client batches then run side by side.
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     flags.define(Config())
+    absl_flags.adopt_module_key_flags(flags)  # --helpshort shows them
     app.run(main, flags_parser=_parse)
 
 

@@ -1,4 +1,4 @@
-"""How much of the truth a reconstruction holds: scores, matchings, baseline, intervals, a run's outcome.
+"""How much of a truth a reconstruction holds: scores, matchings and their uncertainty.
 
 Every score is in percent (0 to 100) unless its docstring says otherwise. ROUGE is the F1 of the rouge-score
 library on lower-cased words without stemming. Two matchings say which prediction answers for which sentence:
@@ -6,8 +6,6 @@ library on lower-cased words without stemming. Two matchings say which predictio
 * `match_one_to_one`, the headline: each prediction is used once, the sum of ROUGE-1 is the greatest possible;
 * `match_paper` (Grab): each sentence takes the best prediction of its batch, separately for each ROUGE, and a
   prediction may be taken twice.
-
-A record is one line of `results.jsonl`; `summarise` turns a run's records into `summary.json`.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import pairwise
@@ -27,15 +25,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
 from scipy.optimize import linear_sum_assignment
 
-SCHEMA = "grab_jax.summary/1"
 KINDS = ("rouge1", "rouge2", "rougeL")
-LEAK, NO_LEAK, NOT_TESTABLE = "leak shown", "no leak found under these assumptions", "not testable"
-
-NON_TRIVIAL = 4  # tokens: a shorter sentence recovered exactly proves nothing
-MARGIN = 5.0  # points of ROUGE-L above the baseline that the interval's lower bound must pass
-MARGIN_FEW = 20.0  # the same for the difference itself, below three sentences
-ASSUMED_BASELINE = 30.0  # points of ROUGE-L granted to chance, generously, where none was measured
-BASELINE_BATCHES = 8  # other batches each batch is compared with, at most
 
 # ASCII text splits as in rouge-score; other scripts keep their letters, ideographs and kana stand alone.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
@@ -173,70 +163,6 @@ def _best(reference: str, predictions: Sequence[str]) -> dict[str, float]:
     return {"rouge1": single, "rouge2": double, "rougeL": longest}
 
 
-def score_batch(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Scores of each sentence of one record, in the order of its `sentences`.
-
-    Keys: `batch` and `sentence` (indices), `prediction` (index or None), `tokens` (count), `rouge1`, `rouge2`
-    and `rougeL` (one-to-one), `paper` (dict of the three), `exact` (bool), `token_accuracy`, `longest_span`
-    (tokens).
-    """
-    sentences, predictions = record["sentences"], record["predictions"]
-    references, found = [s["text"] for s in sentences], [p["text"] for p in predictions]
-    rows = []
-    for i, (j, paper) in enumerate(
-        zip(match_one_to_one(references, found), match_paper(references, found), strict=True)
-    ):
-        truth, tokens = sentences[i]["tokens"], [] if j is None else predictions[j]["tokens"]
-        rows.append(
-            {"batch": record.get("index"), "sentence": i, "prediction": j, "tokens": len(truth)}
-            | rouge(references[i], "" if j is None else found[j])
-            | {"paper": paper, "exact": j is not None and exact_match(truth, tokens)}
-            | {"token_accuracy": token_accuracy(truth, tokens), "longest_span": longest_span(truth, tokens)}
-        )
-    return rows
-
-
-# --- the no-gradient baseline -----------------------------------------------------------------------------
-
-
-def sentence_baselines(records: Sequence[Mapping[str, Any]]) -> list[dict[str, float] | None]:
-    """What each attacked sentence scores against predictions that never saw its update; None without any.
-
-    Those are the predictions of the other attacked batches (of the next `BASELINE_BATCHES`, in a circle) and
-    of the control records, matched one-to-one and averaged over the batches.
-    """
-    attacked, controls = _split(records)
-    rows: list[dict[str, float] | None] = []
-    for i, record in enumerate(attacked):
-        others = (attacked[i + 1 :] + attacked[:i])[:BASELINE_BATCHES] + controls
-        texts = [[p["text"] for p in other["predictions"]] for other in others if other["predictions"]]
-        rows += _foreign([s["text"] for s in record["sentences"]], texts)
-    return rows
-
-
-def _foreign(references: list[str], texts: list[list[str]]) -> list[dict[str, float] | None]:
-    """Mean one-to-one scores of the references over several foreign batches of predictions."""
-    if not texts:
-        return [None] * len(references)
-    scores = np.zeros((len(texts), len(references), len(KINDS)))
-    for k, found in enumerate(texts):
-        for i, j in enumerate(match_one_to_one(references, found)):
-            scores[k, i] = 0.0 if j is None else _rouge(references[i], found[j])
-    return [dict(zip(KINDS, row, strict=True)) for row in scores.mean(axis=0).tolist()]
-
-
-def baseline(records: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """Mean of `sentence_baselines`: what an attack scores without the gradient; None where it has none."""
-    rows = [row for row in sentence_baselines(records) if row is not None]
-    return {kind: _mean(row[kind] for row in rows) for kind in KINDS} if rows else None
-
-
-def _split(records: Iterable[Mapping[str, Any]]) -> tuple[list, list]:
-    """Attacked records, control records."""
-    records = list(records)
-    return [r for r in records if not r.get("control")], [r for r in records if r.get("control")]
-
-
 # --- uncertainty ------------------------------------------------------------------------------------------
 
 
@@ -287,114 +213,7 @@ def auc(scores: Any, truth: Any) -> float | None:
     return float((ranks - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-# --- a whole run ------------------------------------------------------------------------------------------
-
-
-def summarise(records: Iterable[Mapping[str, Any]], run: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of `summary.json`: scores in percent, spans in tokens, costs in seconds, null if unknown.
-
-    Control records count for the baseline only. `outcome` is one of `LEAK`, `NO_LEAK`, `NOT_TESTABLE`.
-    """
-    records, seed = list(records), int(run.get("seed") or 0)
-    attacked, _ = _split(records)
-    rows = [row for record in attacked for row in score_batch(record)]
-    bases = sentence_baselines(records)
-    outcome, reason = _outcome(attacked, rows, bases, seed)
-    masks = [value for r in attacked if (value := _number((r.get("masks") or {}).get("mean"))) is not None]
-    summary = {
-        "schema": SCHEMA,
-        **{key: run.get(key) for key in ("attack", "model", "data", "seed")},
-        "outcome": outcome,
-        "reason": reason,
-        "n_sentences": len(rows),
-        "n_batches": len(attacked),
-        **_scores(rows, seed),
-        "baseline": baseline(records),
-        "masks_auc": _mean(masks),
-        "seconds": {
-            part: sum(_number((r.get("seconds") or {}).get(part)) or 0.0 for r in attacked)
-            for part in ("compile", "attack")
-        },
-    }
-    return finite(summary)
-
-
-def _scores(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """The part of the summary that is averaged over sentences."""
-    exact = sum(row["exact"] for row in rows)
-    worst = max(rows, key=lambda r: (r["rougeL"], r["exact"], r["longest_span"]), default=None)
-    return {
-        "rouge": {
-            "one_to_one": {kind: _mean(row[kind] for row in rows) for kind in KINDS},
-            "paper": {kind: _mean(row["paper"][kind] for row in rows) for kind in KINDS},
-        },
-        "exact_match": 100.0 * exact / len(rows) if rows else None,
-        "token_accuracy": _mean(row["token_accuracy"] for row in rows),
-        "longest_span": max((row["longest_span"] for row in rows), default=None),
-        "longest_span_mean": _mean(row["longest_span"] for row in rows),
-        "worst": worst and {key: worst[key] for key in ("rougeL", "batch", "sentence", "exact", "longest_span")},
-        "intervals": {
-            **{key: interval([r[key] for r in rows], seed) for key in (*KINDS, "token_accuracy")},
-            "exact_match": share_interval(exact, len(rows)),
-        },
-    }
-
-
-def _outcome(attacked: list, rows: list, bases: list, seed: int) -> tuple[str, str]:
-    """Outcome and its reason; an exact recovery counts even where the losses are broken."""
-    if not attacked:
-        return NOT_TESTABLE, "No client batch was attacked."
-    if not rows:
-        return NOT_TESTABLE, "The records hold no true sentence to compare the reconstructions with."
-    exact = [row for row in rows if row["exact"] and row["tokens"] >= NON_TRIVIAL]
-    if exact:
-        longest = max(row["tokens"] for row in exact)
-        verb = "was" if len(exact) == 1 else "were"
-        return LEAK, (
-            f"{len(exact)} of {_count(len(rows), 'sentence')} {verb} recovered word for word, "
-            f"the longest with {longest} tokens."
-        )
-    if not any(_number(record.get("loss")) is not None for record in attacked):
-        return NOT_TESTABLE, f"The loss was not finite in any of {_count(len(attacked), 'attacked batch')}."
-    return _difference(rows, bases, seed)
-
-
-def _difference(rows: list, bases: list, seed: int) -> tuple[str, str]:
-    """Outcome from ROUGE-L against the no-gradient baseline, sentence by sentence."""
-    found = [row["rougeL"] for row in rows]
-    chance = [ASSUMED_BASELINE if base is None else base["rougeL"] for base in bases]
-    mean, bounds = np.mean(np.subtract(found, chance)), paired_interval(found, chance, seed)
-    text = f"ROUGE-L is {np.mean(found):.1f} against {np.mean(chance):.1f} "
-    text += "granted to chance as no baseline was measured" if None in bases else "without the gradient"
-    text += f" ({_count(len(rows), 'sentence')}): a difference of {mean:.1f} points"
-    if len(rows) < 3 or bounds is None:
-        return (LEAK if mean > MARGIN_FEW else NO_LEAK), f"{text}, where {MARGIN_FEW:.0f} count as a leak."
-    text += f" (95 % interval {bounds[0]:.1f} to {bounds[1]:.1f})"
-    return (LEAK if bounds[0] > MARGIN else NO_LEAK), f"{text}, where a lower end above {MARGIN:.0f} counts as a leak."
-
-
-def finite(value: Any) -> Any:
-    """The same nested value as plain JSON types, with null for NaN and infinities."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [finite(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _number(value: Any) -> float | None:
-    """A finite float, or None."""
+def known(value: Any) -> float | None:
+    """A finite float, or None for anything else."""
     ok = isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if ok else None
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return float(np.mean(values)) if values else None
-
-
-def _count(n: int, noun: str) -> str:
-    plural = "es" if noun.endswith("ch") else "s"
-    return f"{n} {noun}{'' if n == 1 else plural}"

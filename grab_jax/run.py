@@ -17,7 +17,21 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from grab_jax import about, client, data, distances, metrics, models, plan, record, report, simulate, tuning
+from grab_jax import (
+    about,
+    chart,
+    client,
+    data,
+    distances,
+    highlight,
+    models,
+    plan,
+    record,
+    report,
+    simulate,
+    summary,
+    tuning,
+)
 from grab_jax import folder as folders
 from grab_jax.attacks import ATTACKS
 from grab_jax.checkpoint import Checkpoints
@@ -65,8 +79,8 @@ def run(config: Config) -> Path:
         page = finish(folder, session)
     finally:
         display.close()
-    summary = json.loads((folder / "summary.json").read_text())
-    print(f"{summary['outcome']}: {summary['reason']}")
+    found = json.loads((folder / "summary.json").read_text())
+    print(f"{found['outcome']}: {found['reason']}")
     print(f"report: {page}")
     return folder
 
@@ -75,9 +89,10 @@ def rebuild(config: Config) -> Path:
     """`--mode=report`: summary and report again from a run folder's results."""
     if config.run.dir is None:
         raise InputError("--mode=report needs --run_dir, the folder of a finished or unfinished run")
+    os.umask(0o077)
     folder = Path(config.run.dir)
     described, records = report.read(folder)
-    folders.write_json(folder / "summary.json", metrics.summarise(records, described))
+    folders.write_json(folder / "summary.json", summary.summarise(records, described))
     return report.render(folder)
 
 
@@ -165,6 +180,12 @@ def _batches(config: Config, model: Any, tokenizer: Any) -> tuple[list[data.Clie
     longest = min(config.data.max_length, model.max_length)
     shape = {"batch_size": config.batch_size, "longest": longest, "num_labels": model.num_labels}
     batches = data.batches(found, tokenizer, count=config.num_batches, **shape)
+    highest = max(int(batch.batch.ids.max()) for batch in batches)
+    if highest >= model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer gives token id {highest}, but the model {config.model.name} has {model.config.vocab_size} "
+            "word embeddings; give the folder its own tokenizer"
+        )
     notes = []
     cut = sum(sum(batch.truncated) for batch in batches)
     if cut:
@@ -210,7 +231,7 @@ def _attack_group(session: Session, group: plan.Group, folder: Path, display: Di
     simulated = [_simulated(session, i) for i in group.members]
     base = _keys(config)[ATTACK]
     keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(np.asarray(group.members))
-    saved = folder / "ckpt" / session.ids[group.members[0]]
+    saved = folder / "ckpt" / _group_id(session, group)
     total = config.attack.rounds * config.attack.steps
     display.begin(f"batches {_span(group)}: {len(group.members)} x {list(group.shape)} [sentences, tokens]", total)
     try:
@@ -228,10 +249,15 @@ def _attack_group(session: Session, group: plan.Group, folder: Path, display: Di
             continue
         control = i in session.controls
         line = record.record(session.ids[i], truth, result, session.tokenizer, control=control, seconds=seconds)
-        folders.append(folder, metrics.finite(line))
+        folders.append(folder, summary.finite(line))
         if not control:
-            display.say(report.terminal(line, colour=sys.stderr.isatty(), redact=config.report.redact))
+            display.say(highlight.terminal(line, colour=sys.stderr.isatty(), redact=config.report.redact))
     shutil.rmtree(saved, ignore_errors=True)
+
+
+def _group_id(session: Session, group: plan.Group) -> str:
+    """A saved state fits the very batches it was made with: another `--run_group` forms other groups."""
+    return hashlib.sha256(" ".join(session.ids[i] for i in group.members).encode()).hexdigest()[:16]
 
 
 def _span(group: plan.Group) -> str:
@@ -244,7 +270,8 @@ def _attack(
     """Run or resume the attack, saving its state now and then; returns the results and seconds per client batch."""
     recipe, problems = ATTACKS[config.attack.name], [s.problem for s in simulated]
     checkpoints, clock, begin = Checkpoints(saved), CompileClock(), time.monotonic()
-    restored = checkpoints.restore({"state": recipe.start(keys, problems, config.attack), "seconds": np.zeros(2)})
+    blank = recipe.start(jax.random.clone(keys), problems, config.attack)
+    restored = checkpoints.restore({"state": blank, "seconds": np.zeros(2)})
     spent = restored["seconds"] if restored else np.zeros(2)
     latest = {"state": None, "saved": begin, "round": -1}
 
@@ -291,6 +318,6 @@ def finish(folder: Path, session: Session) -> Path:
     done = folders.finished(folder)
     records = [done[i] for i in session.ids if i in done]
     described = json.loads((folder / "run.json").read_text())
-    folders.write_json(folder / "summary.json", metrics.summarise(records, described))
-    report.save_curves(folder, records)
+    folders.write_json(folder / "summary.json", summary.summarise(records, described))
+    chart.save_curves(folder, records)
     return report.render(folder)

@@ -39,7 +39,7 @@ def simulate(
     ids, attention, _ = batch.batch
     dropped = None
     if config.client.dropout > 0:
-        keys = jnp.stack([jax.random.fold_in(key, s.row) for s in batch.sentences])
+        keys = jnp.stack([jax.random.fold_in(key, s.row % 2**32) for s in batch.sentences])  # control rows are negative
         dropped = masks.sample(keys, model.sites, ids.shape[1])
     labels = jax.nn.one_hot(batch.batch.labels, model.num_labels)
     observed = compiled(model)(trainable, frozen, ids, attention, labels, dropped)

@@ -1,53 +1,16 @@
 """The report of a fake run folder: what it shows, what it hides, and what it says about damaged folders."""
 
-import copy
 import json
 import re
 import stat
 
-import numpy as np
 import pytest
+from fake_run import RUN, SECRET, record, sentence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grab_jax import metrics, report
+from grab_jax import bars, report, summary
 from grab_jax.types import InputError
-
-RUN = {
-    "schema": "grab_jax.run/1",
-    "config": {"client": {"dropout": 0.1, "frozen": ""}, "batch_size": 2, "report": {"redact": True}},
-    "attack": "grab", "model": "bert-base-uncased", "data": "cola", "seed": 101, "versions": {"jax": "0.10.2"},
-    "device": "cpu", "git": None, "code": "abc", "started": "2026-01-01T00:00:00Z", "parameters": 1234567,
-    "assumptions": ["The server knows the weights."], "setting": ["Clients send one gradient."], "notes": ["Ran once."],
-    "flags_file": "flags.txt",
-}  # fmt: skip
-
-
-def sentence(text, tokens=None):
-    return {"text": text, "tokens": tokens or text.lower().split(), "label": 1, "row": 0, "truncated": False}
-
-
-def prediction(text):
-    tokens = text.lower().split()
-    return {"text": text, "tokens": tokens, "confidence": [0.93] * len(tokens)}
-
-
-def record(index=0, truths=("the cat sat on the mat",), founds=("the cat on rug mat the",), **more):
-    trace = [
-        {"round": r, "phase": phase, "step": step, "loss": 1.0 / (1 + 90 * r + step)}
-        for r in range(2)
-        for phase in ("continuous", "discrete")
-        for step in range(0, 40, 10)
-    ]
-    base = {
-        "id": f"{index:04x}", "index": index, "control": False, "loss": 0.01, "trace": trace,
-        "notes": ["Stopped early."],
-        "masks": {"auc": {"embeddings": 0.9, "layer_0.attention": 0.4}, "mean": 0.65}, "labels": [1],
-        "cosine": {"bert/encoder/layer_0/attention/self/query/kernel": 0.91, "classifier/kernel": -0.2},
-        "seconds": {"compile": 1.0, "attack": 3700.0},
-        "sentences": [sentence(t) for t in truths], "predictions": [prediction(t) for t in founds],
-    }  # fmt: skip
-    return base | more
 
 
 @pytest.fixture
@@ -78,9 +41,9 @@ def test_every_part_is_there(folder):
         assert f'class="t {mark}"' in html
     text = shown(html)
     for part in (
-        "Clients send one gradient.", "The server knows the weights.", "Stopped early.", "(2 batches)", "Ran once.",
-        "2 h 03 min", "1,234,567", "jax 0.10.2", "layer 0", "layer 0 attention", "continuous phase", "discrete phase",
-        "without the gradient", "1 control attack", "is no proof",
+        "Clients send one gradient.", "The server knows the weights.", "Stopped early.", "(2 of 2 batches)",
+        "Ran once.", "2 h 03 min", "1,234,567", "jax 0.10.2", "layer 0", "layer 0 attention", "continuous phase",
+        "discrete phase", "without the gradient", "1 control attack", "is no proof",
     ):  # fmt: skip
         assert part in text, part
     assert 'title="confidence 93 %"' in html
@@ -112,7 +75,7 @@ def test_text_is_escaped(folder):
 def test_outcome_is_one_of_three_and_never_safe(folder, founds, loss):
     html = page(folder([record(founds=founds, loss=loss)]))
     (title,) = re.findall(r"<h1[^>]*>(.*?)</h1>", html)
-    assert title.lower() in (metrics.LEAK, metrics.NO_LEAK, metrics.NOT_TESTABLE)
+    assert title.lower() in (summary.LEAK, summary.NO_LEAK, summary.NOT_TESTABLE)
     assert not re.search(r"\bsafe", shown(html).lower())
 
 
@@ -177,7 +140,8 @@ def test_rendering_again_gives_the_same_page(folder):
 
 
 def commands(html):
-    return [line.replace("&#39;", "'") for line in re.findall(r"<pre>(.*?)</pre>", html, flags=re.S)]
+    blocks = re.findall(r"<pre>(.*?)</pre>", html, flags=re.S)
+    return [" ".join(block.replace("&#39;", "'").replace("\\\n", "").split()) for block in blocks]
 
 
 def test_advice_repeats_the_run_with_one_change(folder):
@@ -192,10 +156,10 @@ def test_advice_repeats_the_run_with_one_change(folder):
 
 
 def test_advice_leaves_out_what_is_in_force(folder):
-    config = {"client": {"dropout": 0.4, "frozen": "embeddings"}, "data": {"batch_size": 16}}
+    config = {"client": {"dropout": 0.4, "frozen": "embeddings"}, "batch_size": 16}
     where = folder([record()], RUN | {"config": config})
     (larger, again) = commands(page(where))
-    assert larger.endswith("-size32 --data_batch_size=32")
+    assert larger.endswith("-size32 --batch_size=32")
     assert again.endswith("-again")
 
 
@@ -257,35 +221,7 @@ def test_any_bytes_give_an_input_error(tmp_path_factory, junk):
         report.render(where)
 
 
-# --- redaction -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "redacted"),
-    [
-        ("Yesterday I met Mary and Dr. Who.", "Yesterday I met [name] and Dr. [name]."),
-        ("He left. She called Bob O'Neil!", "He left. She called [name] [name]!"),
-        ("Write to anna.k@example.org, please.", "Write to [mail], please."),
-        ("Call +1 (415) 555-0132 now", "Call [phone] now"),
-        ("It cost 45,000 euros at 14:30 in B12.", "It cost [number] euros at [number] in [number]."),
-        ("I think I'm right and I’ll stay.", "I think I'm right and I’ll stay."),
-        ("in Zürich lebt Ödön", "in [name] lebt [name]"),
-        ("nothing private here.", "nothing private here."),
-        ("", ""),
-    ],
-)
-def test_redact_text(text, redacted):
-    assert report.redact_text(text) == redacted
-
-
-SECRET = record(
-    truths=["Please ask Maria Lopez (born 1984) or mail to lopez@clinic.org; Maria knows."],
-    founds=["lopez maria 1984 clinic ask 555 please"],
-)
-SECRET["sentences"][0]["tokens"] = (
-    "please ask maria lop ##ez ( born 1984 ) or mail to lop ##ez @ clinic . org ; maria knows .".split()  # noqa: SIM905
-)
-SECRET["predictions"][0]["tokens"] = "lop ##ez maria 1984 clinic ask 555 please".split()  # noqa: SIM905
+# --- hiding -------------------------------------------------------------------------------------------------
 
 
 def test_private_words_are_hidden_in_truth_and_predictions(folder):
@@ -305,142 +241,39 @@ def test_redaction_can_be_switched_off(folder):
     assert "clear text" in html
 
 
-def test_redaction_keeps_one_piece_per_token():
-    truth, found = report.display(SECRET, report.private([SECRET]))
-    assert [len(row) for row in (*truth, *found)] == [22, 8]
-    assert [piece.text for piece in truth[0][:9]] == ["please", "ask", "[name]", "·", "·", "(", "born", "[number]", ")"]
+# --- bars, notes, numbers -------------------------------------------------------------------------------------
 
 
-def texts_of(row):
-    return [piece.text for piece in row]
+def test_layers_from_input_to_output_without_key_biases():
+    cosine = {
+        "bert/classifier/kernel": 0.5, "bert/encoder/layer_10/output/dense/kernel": 0.7,
+        "bert/encoder/layer_2/attention/self/key/bias": -0.9, "bert/encoder/layer_2/output/dense/kernel": 0.6,
+        "bert/encoder/layer_2/output/dense/bias": 0.8, "bert/embeddings/LayerNorm/bias": 0.4, "bert/pooler/x": 0.3,
+    }  # fmt: skip
+    rows = bars.layers([record(cosine=cosine), record(cosine=cosine)])
+    assert [row["name"] for row in rows] == ["embeddings", "layer 2", "layer 10", "pooler", "classifier"]
+    assert (rows[1]["mean"], rows[1]["low"]) == (pytest.approx(0.7), 0.6)
+    assert rows[1]["lowest"] == "bert/encoder/layer_2/output/dense/kernel"
 
 
-def test_a_known_name_is_hidden_at_the_start_of_a_sentence():
-    one = record(truths=["We saw Mary . Mary left ."], founds=[])
-    truth, _ = report.display(one, report.private([one]))
-    assert texts_of(truth[0]) == ["we", "saw", "[name]", ".", "[name]", "left", "."]
+def test_layers_of_gpt2():
+    names = ("score/kernel", "transformer/h_0/attn/c_attn/bias", "transformer/ln_f/bias", "transformer/wte/embedding")
+    rows = bars.layers([record(cosine=dict.fromkeys(names, 0.9))])
+    assert [row["name"] for row in rows] == ["word embeddings", "layer 0", "last layer norm", "classifier"]
 
 
-def test_names_of_other_batches_are_hidden_too():
-    one, other = record(truths=["We saw Mary"], founds=[]), record(founds=["mary sat"])
-    assert texts_of(report.display(other, report.private([one, other]))[1][0]) == ["[name]", "sat"]
+def test_a_note_is_shown_once(folder):
+    records = [record(k, notes=["stopped early"] * (k < 2)) for k in range(3)]
+    text = shown(page(folder(records, RUN | {"notes": ["left out x", "left out x"]})))
+    assert text.count("Left out x") == 1
+    assert text.count("Stopped early (2 of 3 batches)") == 1
 
 
-def test_marks_inside_a_hidden_item_are_hidden():
-    one = record(truths=["at 14:30 sharp"], founds=["at 14 : 30 sharp"])
-    one["sentences"][0]["tokens"] = ["at", "14", ":", "30", "sharp"]
-    truth, found = report.display(one, report.private([one]))
-    assert texts_of(truth[0]) == texts_of(found[0]) == ["at", "[number]", "·", "·", "sharp"]
-
-
-def test_redaction_changes_no_record():
-    before = copy.deepcopy(SECRET)
-    report.display(SECRET, report.private([SECRET]))
-    assert before == SECRET
-
-
-def test_byte_level_names_are_hidden():
-    one = record(truths=["We saw Zoë."], founds=["Zoë saw"])
-    one["sentences"][0]["tokens"] = ["We", "Ġsaw", "ĠZo", "Ã«", "."]
-    one["predictions"][0]["tokens"] = ["ĠZo", "Ã«", "Ġsaw"]
-    assert [p.text for p in report.display(one, None)[0][0]] == ["We", "saw", "Zo", "ë", "."]
-    truth, found = report.display(one, report.private([one]))
-    assert [p.text for p in truth[0]] == ["We", "saw", "[name]", "·", "."]
-    assert [p.text for p in found[0]][-1] == "saw"
-    assert "Zo" not in "".join(p.text for p in found[0])
-
-
-@given(st.text(max_size=40), st.text(max_size=40))
-def test_display_never_fails(truth, found):
-    one = record(truths=[truth], founds=[found])
-    for hide in (None, report.private([one])):
-        shown_truth, shown_found = report.display(one, hide)
-        assert len(shown_truth[0]) == len(one["sentences"][0]["tokens"])
-        assert len(shown_found[0]) == len(one["predictions"][0]["tokens"])
-    for line in report.terminal(one, colour=False).splitlines():
-        assert "\x1b" not in line
-
-
-# --- pieces, terminal, curves --------------------------------------------------------------------------------
-
-
-def read_aloud(tokens):
-    return "".join(("" if p.glue else " ") + p.text for p in report.pieces(tokens)).strip()
-
-
-def test_pieces_read_as_text():
-    assert (
-        read_aloud(["i", "don", "'", "t", "like", "token", "##ization", ",", "no"]) == "i don't like tokenization, no"
-    )
-    assert read_aloud(["I", "Ġlike", "Ġcaf", "Ã©", "s", "."]) == "I like cafés."
-    assert read_aloud(["▁I", "▁to", "ken"]) == "I token"
-    assert read_aloud(["##"]) == "##"
-    assert report.pieces(["a\x1b[31m\u202e"])[0].text == "a\ufffd[31m\ufffd"
-    assert report.pieces([]) == []
-
-
-def test_terminal_by_hand():
-    text = report.terminal(record(), colour=False)
-    assert text.splitlines()[:3] == [
-        "batch 0, sentence 0: ROUGE-L 66.7, 2 of 6 tokens in place",
-        "  truth  the cat _sat_ ~on~ ~the~ ~mat~",
-        "  found  the cat ~on~ !rug! ~mat~ ~the~",
-    ]
-    assert "legend: right   ~right token, wrong place~   !wrong!   _missing_" in text
-
-
-def test_terminal_with_colour_keeps_the_marks():
-    text = report.terminal(record(), colour=True)
-    assert re.sub(r"\x1b\[[\d;]*m", "", text) == report.terminal(record(), colour=False)
-    assert text.count("\x1b[") % 2 == 0
-
-
-def test_terminal_without_prediction_and_redacted():
-    assert "(nothing)" in report.terminal(record(founds=[]), colour=False)
-    text = report.terminal(SECRET, colour=False, redact=True)
-    assert "lop" not in text
-    assert "[name]" in text
-
-
-def test_save_curves(tmp_path):
-    records = [record(4, cosine={"a": 0.5}), record(5, cosine={"b": 0.25}), record(6, control=True)]
-    with np.load(report.save_curves(tmp_path, records)) as curves:
-        assert curves["loss"].shape == curves["step"].shape == (32,)
-        assert set(curves["batch"]) == {4, 5}
-        assert set(curves["phase"]) == {"continuous", "discrete"}
-        assert curves["loss"][0] == 1.0
-        assert list(curves["cosine_name"]) == ["a", "b"]
-        np.testing.assert_array_equal(curves["cosine"], [[0.5, np.nan], [np.nan, 0.25]])
-
-
-def test_save_curves_of_nothing(tmp_path):
-    with np.load(report.save_curves(tmp_path, [record(trace=None, cosine=None)])) as curves:
-        assert curves["loss"].shape == (0,)
-        assert curves["cosine"].shape == (1, 0)
-
-
-def test_trajectory_mean_is_geometric_and_carries_on():
-    def trace(*losses):
-        return [{"round": 0, "phase": "continuous", "step": i, "loss": v} for i, v in enumerate(losses)]
-
-    a, b = trace(1.0, 0.01), trace(1.0)
-    chart = report.trajectory([record(trace=a), record(1, trace=b)])
-    assert chart["log"]
-    *_, y = re.findall(r"L\S+ ([\d.]+)", chart["mean"]["continuous"])
-    top, bottom = (float(v) for v in re.findall(r" ([\d.]+)", chart["lines"]["continuous"][0]))
-    assert float(y) == pytest.approx((top + bottom) / 2, abs=0.2)  # the mean of 0.01 and 1 is 0.1: half way
-
-
-def test_trajectory_of_nothing_and_of_constants():
-    assert report.trajectory([record(trace=[])]) is None
-    flat = [{"round": 0, "phase": "discrete", "step": 0, "loss": 0.0}]
-    chart = report.trajectory([record(trace=flat)])
-    assert not chart["log"]
-    assert chart["lines"]["discrete"][0].endswith("h0")
-    assert chart["mean"] == chart["lines"] | {"discrete": chart["lines"]["discrete"][0]}
+def test_number():
+    assert [report.number(v) for v in (None, 0.04, -0.04, -1.25, 5)] == ["–", "0.0", "0.0", "−1.2", "5.0"]
 
 
 def test_duration():
-    assert [report.duration(s) for s in (None, 4.21, 59.99, 750, 11_100)] == [
-        "–", "4.2 s", "1 min 00 s", "12 min 30 s", "3 h 05 min",
+    assert [report.duration(s) for s in (None, 0.0, 0.004, 4.21, 59.99, 750, 11_100)] == [
+        "–", "0.0 s", "less than 0.1 s", "4.2 s", "1 min 00 s", "12 min 30 s", "3 h 05 min",
     ]  # fmt: skip

@@ -127,7 +127,8 @@ def _job(keys, problems: Sequence[Problem], config: AttackConfig, on_segment: On
 def _blank(job: Job) -> State:
     k, (b, t) = len(job.problems), job.problems[0].known.ids.shape
     table = programs.word_table(job.problems[0].model, job.shared.trainable, job.shared.frozen)
-    zero = Candidate(jnp.zeros((b, t, table.shape[1]), table.dtype), *_unknowns(job.keys[0], job))
+    unknowns = jax.eval_shape(lambda: _unknowns(jax.random.key(0), job))  # shapes only
+    zero = Candidate(jnp.zeros((b, t, table.shape[1]), table.dtype), *unknowns)
     repeated = lambda *axes: jax.tree.map(lambda leaf: jnp.zeros((*axes, *leaf.shape), leaf.dtype), zero)  # noqa: E731
     return State(
         *(np.zeros((), np.int32),) * 3,
@@ -169,7 +170,8 @@ def _select(job: Job, state: State) -> State:
     keys, candidates, *ids = programs.fill((keys[..., 1], candidates, *ids), mesh)
     chosen = []
     for i in range(len(keys) // mesh.size):
-        chosen.append(choose(keys, candidates, *ids, i, job.shared))
+        mine = jax.random.clone(keys)  # each call uses other entries of the same array
+        chosen.append(choose(mine, candidates, *ids, i, job.shared))
         job.notify(None, _progress(job, state, min(k, (i + 1) * mesh.size), state.scores[:, 1], None))
     # The i-th result holds the i-th batch of every device: interleave them back into the order of the batches.
     together = jax.tree.map(lambda *leaves: _interleave(leaves, k), *chosen)
@@ -208,7 +210,7 @@ def _descend(job: Job, state: State) -> State:
     return state
 
 
-def _tokens(job: Job, embeds: Float[Array, "... t d"]) -> Int[np.ndarray, "... t"]:
+def _tokens(job: Job, embeds: Float[Array | np.ndarray, "... t d"]) -> Int[np.ndarray, "... t"]:
     table = programs.word_table(job.problems[0].model, job.shared.trainable, job.shared.frozen)
     return np.asarray(job.programs.tokens(np.asarray(embeds), table)[0])
 
@@ -283,7 +285,7 @@ def _scorer(job: Job, j: int, candidate: Candidate, tick: Callable[[int], None] 
 
 def _discrete_starts(job: Job, j: int, r: int, continuous, previous, free) -> Int[np.ndarray, "n b t"]:
     """The continuous solution, the previous discrete one, and permutations of the former, each row its own."""
-    key = jax.random.fold_in(jax.random.fold_in(job.keys[j], r), job.config.restarts)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.clone(job.keys)[j], r), job.config.restarts)
     rows = [continuous[None]] + ([previous[None]] if r > 0 else [])
     if job.config.permutations:
         draw = jax.vmap(lambda key: moves.permutation(key, jnp.asarray(free), shared=False))
@@ -321,7 +323,7 @@ def _result(job: Job, state: State, j: int) -> Result:
     )
     return Result(
         ids=ids,
-        confidence=np.clip(np.asarray(cosines), 0, 1),
+        confidence=np.nan_to_num(np.clip(np.asarray(cosines), 0, 1)),
         loss=float(state.scores[j].min()),
         masks=solution.masks,
         labels=None if solution.labels is None else np.asarray(solution.labels.argmax(-1)),
@@ -333,7 +335,7 @@ def _result(job: Job, state: State, j: int) -> Result:
 def _trace(state: State, j: int, config: AttackConfig) -> list[dict[str, Any]]:
     """Continuous losses at up to 40 points a round, then the token scores after both phases."""
     trace = []
-    for r in range(int(state.round)):
+    for r in range(config.rounds):
         if np.isnan(state.stages[j, r, 1]):
             break
         for i in sorted({*range(0, config.steps, max(1, config.steps // 40)), config.steps - 1}):

@@ -76,16 +76,20 @@ def stack(problems: Sequence[Problem], mesh: Mesh) -> Shared:
 
 
 def fill(tree: Any, mesh: Mesh) -> Any:
-    """Repeat the last entry of every leaf's leading axis until the mesh divides it."""
+    """Split the leading axis over the mesh, the last entry repeated until the mesh divides it.
+
+    Always on the mesh: a program sees one placement, and is traced once.
+    """
     missing = lambda leaf: -leaf.shape[0] % mesh.size  # noqa: E731
-    return jax.tree.map(
+    filled = jax.tree.map(
         lambda leaf: jnp.concatenate([leaf, jnp.repeat(leaf[-1:], missing(leaf), axis=0)]) if missing(leaf) else leaf,
         tree,
     )
+    return jax.device_put(filled, NamedSharding(mesh, _SPLIT))
 
 
-def at(tree: Any, j: int | Array) -> Any:
-    """Entry j of every leaf's leading axis."""
+def at(tree: Any, j: int | slice | Array) -> Any:
+    """Entry (or slice) j of every leaf's leading axis."""
     return jax.tree.map(lambda leaf: leaf[j], tree)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -44,7 +45,7 @@ def resolve(name: str, revision: str | None = None) -> Path:
             raise InputError(f"unknown model {name!r}; built in are: {', '.join('builtin:' + m for m in BUILTIN)}")
         return Path(str(resources.files("grab_jax") / "builtin" / model))
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise InputError(f"model folder {name!r} does not exist; give a folder, a hub id, or builtin:bert-mini")
@@ -212,6 +213,7 @@ def write(folder: str, model: Any, params: Params, *, half: bool = False) -> Non
         value = flat[path].T if _transposed(model, path) else flat[path]
         tensors[name] = np.ascontiguousarray(value.astype(dtype))
     os.makedirs(folder, exist_ok=True)
-    model.config.architectures = [_CLASSES[model.family, model.task]]
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.architectures = [_CLASSES[model.family, model.task]]
+    config.save_pretrained(folder)
     save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
