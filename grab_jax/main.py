@@ -14,7 +14,7 @@ import jax
 from absl import app, logging
 from absl import flags as absl_flags
 
-from grab_jax import flags, run
+from grab_jax import dry_run, flags, run
 from grab_jax.config import Config
 from grab_jax.types import InputError
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
         if config.mode == "report":
             print(run.rebuild(config))
         elif config.dry_run:
-            print(run.describe(config))
+            print(dry_run.describe(config))
         else:
             run.run(config)
     except InputError as error:

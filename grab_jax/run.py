@@ -20,9 +20,7 @@ from jaxtyping import Array, Key
 from grab_jax import (
     about,
     chart,
-    client,
     data,
-    distances,
     highlight,
     models,
     plan,
@@ -96,55 +94,6 @@ def rebuild(config: Config) -> Path:
     return report.render(folder)
 
 
-def describe(config: Config) -> str:
-    """`--dry_run`: what would be done, with sizes, memory and a time estimate."""
-    jax.config.update("jax_default_matmul_precision", "highest")
-    session = prepare(config)
-    model, work = session.loaded.model, session.plan
-    taught = sum(int(v.size) for v in session.trainable.values())
-    shapes = ", ".join(f"{len(g.members)} x {list(g.shape)}" for g in work.groups)
-    lines = [
-        f"attack       {config.attack.name}: {config.attack.rounds} rounds x {config.attack.steps} steps, "
-        f"{config.attack.restarts} restart(s), masks {config.attack.masks}",
-        f"model        {config.model.name}: {model.family}, width {model.width}, "
-        f"{model.config.num_hidden_layers} layers, {len(model.sites)} dropout sites",
-        f"update       {len(session.trainable)} tensors, {taught / 1e6:.1f} M parameters shared",
-        f"batches      {len(session.batches)} in {len(work.groups)} group(s): {shapes} [sentences, tokens]",
-        f"memory       about {work.bytes / 2**30:.2f} of {work.memory / 2**30:.1f} GiB; "
-        f"{work.chunk} candidates scored at once",
-        f"compilations about {work.compilations}",
-        f"work         at most {work.steps} continuous steps and about {work.scores} candidate scores",
-        f"time         about {_clock(plan.seconds(work, _timed_score(session)))} without compilation, {about.device()}",
-        *(f"note         {note}" for note in session.notes),
-    ]
-    return "\n".join(lines)
-
-
-def _clock(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
-def _timed_score(session: Session):
-    """One first-order evaluation at the largest shape, as the attack would do it."""
-    batch = max(session.batches, key=lambda b: b.batch.ids.size)
-    problem = _simulated(session, batch.index).problem
-    labels = jax.nn.one_hot(batch.batch.labels, session.loaded.model.num_labels)
-    distance = distances.by_name(session.config.attack.distance, session.config.attack.l1)
-    step = client.fedsgd(session.loaded.model, factored=True)
-
-    @jax.jit
-    def score(trainable, frozen, observed, ids, attention):
-        return distance(step(trainable, frozen, ids, attention, labels, None), observed)
-
-    return lambda: score(session.trainable, session.frozen, problem.observed, *batch.batch[:2]).block_until_ready()
-
-
 def prepare(config: Config) -> Session:
     """Load model and data, form batches and the plan."""
     keys = _keys(config)
@@ -214,7 +163,8 @@ def _identifier(config: Config, batch: data.ClientBatch) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _simulated(session: Session, index: int) -> simulate.Simulated:
+def simulated(session: Session, index: int) -> simulate.Simulated:
+    """Run the client of one batch."""
     return simulate.simulate(
         _keys(session.config)[CLIENT], session.loaded.model, session.trainable, session.frozen,
         session.batches[index], data.vocabulary(session.tokenizer), session.config,
@@ -228,14 +178,14 @@ def _attack_group(session: Session, group: plan.Group, folder: Path, display: Di
         display.say(f"batches {_span(group)}: already done")
         return
     config = plan.resolved(session.config, session.plan)
-    simulated = [_simulated(session, i) for i in group.members]
+    clients = [simulated(session, i) for i in group.members]
     base = _keys(config)[ATTACK]
     keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(np.asarray(group.members))
     saved = folder / "ckpt" / _group_id(session, group)
     total = config.attack.rounds * config.attack.steps
     display.begin(f"batches {_span(group)}: {len(group.members)} x {list(group.shape)} [sentences, tokens]", total)
     try:
-        results, seconds = _attack(session, config, keys, simulated, saved, display)
+        results, seconds = _attack(session, config, keys, clients, saved, display)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise InputError(
@@ -244,7 +194,7 @@ def _attack_group(session: Session, group: plan.Group, folder: Path, display: Di
         raise
     finally:
         display.end()
-    for i, truth, result in zip(group.members, simulated, results, strict=True):
+    for i, truth, result in zip(group.members, clients, results, strict=True):
         if session.ids[i] in done:
             continue
         control = i in session.controls
@@ -265,10 +215,10 @@ def _span(group: plan.Group) -> str:
 
 
 def _attack(
-    session: Session, config: Config, keys, simulated: list[simulate.Simulated], saved: Path, display: Display
+    session: Session, config: Config, keys, clients: list[simulate.Simulated], saved: Path, display: Display
 ) -> tuple[list[Result], dict[str, float]]:
     """Run or resume the attack, saving its state now and then; returns the results and seconds per client batch."""
-    recipe, problems = ATTACKS[config.attack.name], [s.problem for s in simulated]
+    recipe, problems = ATTACKS[config.attack.name], [c.problem for c in clients]
     checkpoints, clock, begin = Checkpoints(saved), CompileClock(), time.monotonic()
     blank = recipe.start(jax.random.clone(keys), problems, config.attack)
     restored = checkpoints.restore({"state": blank, "seconds": np.zeros(2)})

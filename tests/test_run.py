@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from grab_jax import main, models, run
+from grab_jax import dry_run, main, models, run
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the a cat dog man sat ran saw on in red old mat hat box big ##s ##ed ##ing . ,"
@@ -247,7 +247,7 @@ def test_long_sentences_are_cut_and_counted(bert, tmp_path):
 def test_dry_run(small, tmp_path, monkeypatch):
     """The plan in words, and nothing written."""
     monkeypatch.chdir(tmp_path)
-    said = run.describe(parse(*small, "--dry_run", "--run_dir=here"))
+    said = dry_run.describe(parse(*small, "--dry_run", "--run_dir=here"))
     for part in ("5 dropout sites", "2 x [1, 8]", "60 steps", "GiB", "compilations", "candidate scores", "time"):
         assert part in said, said
     assert not list(tmp_path.iterdir())
