@@ -23,8 +23,8 @@ RESULT_CODE = (
 """What can change a reconstruction; reports and progress cannot."""
 
 
-def about(config: Config, model: Any, parameters: int, notes: list[str]) -> dict[str, Any]:
-    """The content of `run.json`."""
+def about(config: Config, model: Any, parameters: int, notes: list[str], ids: list[str]) -> dict[str, Any]:
+    """The content of `run.json`; `ids` are those of the results that belong to it."""
     packages = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy", "grab-jax")
     return {
         "schema": "grab_jax.run/1",
@@ -43,6 +43,7 @@ def about(config: Config, model: Any, parameters: int, notes: list[str]) -> dict
         "setting": _setting(config, model),
         "assumptions": _assumptions(config),
         "notes": notes,
+        "ids": ids,
         "flags_file": "flags.txt",
     }
 

@@ -23,11 +23,13 @@ def default_folder(config: Config) -> Path:
 
 
 def open_folder(config: Config, about: Callable[[], dict[str, Any]]) -> Path:
-    """Create the run folder with its `run.json` (made by `about`), or check that an existing one is of this config."""
+    """Create the run folder with its `run.json` (made by `about`), or go on in one of the same configuration."""
     folder = Path(config.run.dir) if config.run.dir else default_folder(config)
     described = folder / "run.json"
     if described.is_file():
-        _check_same(folder, _object(described.read_text("utf-8", "replace"), str(described)), config)
+        old = _object(described.read_text("utf-8", "replace"), str(described))
+        _check_same(folder, old, config)
+        write_json(described, {**about(), "started": old.get("started")})
     elif folder.exists() and (not folder.is_dir() or any(path != _partial(described) for path in folder.iterdir())):
         raise InputError(f"--run_dir={folder} exists and is not a run folder; give an empty or new folder")
     else:

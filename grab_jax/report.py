@@ -66,7 +66,7 @@ def render(run_dir: str | os.PathLike[str]) -> Path:
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """`run.json` and the records of `results.jsonl`."""
+    """`run.json` and those records of `results.jsonl` that belong to it (older code leaves others behind)."""
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; give the folder of a finished run with --run_dir.")
     for name in ("run.json", "results.jsonl"):
@@ -76,8 +76,12 @@ def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     where = folder / "results.jsonl"
     lines = where.read_text("utf-8", "replace").split("\n")
     records = [_record(line, f"{where}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if "ids" in run:
+        records = [record for record in records if record.get("id") in run["ids"]]
     if not records:
-        raise InputError(f"{where} is empty, so there is nothing to report; run an attack into {folder} first.")
+        raise InputError(
+            f"{where} holds no result of this run, so there is nothing to report; run an attack into {folder} first."
+        )
     return run, records
 
 

@@ -66,7 +66,7 @@ def run(config: Config) -> Path:
     jax.config.update("jax_default_matmul_precision", "highest")
     session = prepare(config)
     size = sum(int(v.size) for v in [*session.trainable.values(), *session.frozen.values()])
-    describe_run = lambda: about.about(config, session.loaded.model, size, session.notes)  # noqa: E731
+    describe_run = lambda: about.about(config, session.loaded.model, size, session.notes, session.ids)  # noqa: E731
     folder = folders.open_folder(config, describe_run)
     display = Display(config.run.progress, folder / "log.txt")
     try:

@@ -22,9 +22,12 @@ fi
 
 root="$(cd "$(dirname "$0")/.." && pwd)"
 read -r -a options <<<"${GRAB_SBATCH:-}"
-# SIGTERM a minute before the limit: grab_jax saves its state and exits; --requeue then continues.
-command=(sbatch --job-name=grab_jax --nodes=1 --ntasks=1 --requeue --signal=B:TERM@60 "${options[@]}"
-  --wrap "exec $(printf '%q ' "$root/launch/local.sh" "$@")")
+run="srun --ntasks=1 $(printf '%q ' "$root/launch/local.sh" "$@")"
+# A minute before the time limit the step gets SIGTERM: grab_jax saves its state and exits with 130; then go on later.
+# shellcheck disable=SC2016  # expanded when the job runs
+again='code=$?; if [ $code -eq 130 ]; then scontrol requeue "$SLURM_JOB_ID"; fi; exit $code'
+command=(sbatch --job-name=grab_jax --nodes=1 --ntasks=1 --requeue --open-mode=append --signal=TERM@60
+  "${options[@]}" --wrap "$run || { $again; }")
 if $dry; then
   printf '%q ' "${command[@]}"
   echo

@@ -10,7 +10,20 @@ import pytest
 import grab_jax
 
 ROOT = Path(grab_jax.__file__).parent
-EDGE = {"data", "run", "report", "flags", "main", "folder", "checkpoint", "record", "plan", "progress", "about"}
+EDGE = {
+    "data",
+    "run",
+    "report",
+    "flags",
+    "main",
+    "folder",
+    "checkpoint",
+    "record",
+    "plan",
+    "progress",
+    "about",
+    "dry_run",
+}
 
 
 def imports(path, root=ROOT):
@@ -110,7 +123,7 @@ def test_reports_and_metrics_need_no_jax():
 
 def test_only_the_command_line_reads_flags_or_runs():
     assert {m for m, found in MODULES.items() if "main" in own(found)} == set()
-    assert {m for m, found in MODULES.items() if "run" in own(found)} <= {"main"}
+    assert {m for m, found in MODULES.items() if "run" in own(found)} <= {"main", "dry_run"}
 
 
 def test_importing_the_attacks_is_light_and_defines_no_flag():

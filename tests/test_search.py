@@ -146,12 +146,15 @@ def best_of(count, chunk, score=first_coordinate, start=BEGIN):
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 20])
 def test_best_of_finds_the_lowest_proposal_whatever_the_chunk(chunk):
-    proposals = [propose(jax.random.fold_in(jax.random.key(0), i)) for i in range(7)]
-    winner = min(proposals, key=lambda p: float(p["x"][0]))
-    found, value = best_of(7, chunk)
-    np.testing.assert_allclose(found["x"], winner["x"], rtol=1e-6)
-    np.testing.assert_allclose(found["y"], winner["y"], rtol=1e-6)
-    np.testing.assert_allclose(value, winner["x"][0], rtol=1e-6)
+    proposals = [propose(jax.random.fold_in(jax.random.key(0), i)) for i in range(20)]
+    lowest = int(np.argmin([p["x"][0] for p in proposals]))
+    for count in (lowest, lowest + 1):  # a proposal past the count does not win, though a full chunk would hold it
+        assert count > 1
+        winner = min(proposals[:count], key=lambda p: float(p["x"][0]))
+        found, value = best_of(count, chunk)
+        np.testing.assert_allclose(found["x"], winner["x"], rtol=1e-6)
+        np.testing.assert_allclose(found["y"], winner["y"], rtol=1e-6)
+        np.testing.assert_allclose(value, winner["x"][0], rtol=1e-6)
 
 
 def test_best_of_keeps_a_better_start_and_returns_it_where_nothing_is_proposed():

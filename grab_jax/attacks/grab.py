@@ -161,9 +161,8 @@ def _unknowns(key: Key[Array, ""], job: Job):
 def _select(job: Job, state: State) -> State:
     """A start for every client batch and restart; optimiser and schedule begin anew."""
     k, mesh = len(job.problems), job.programs.mesh
-    keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, state.round), (job.config.restarts, 2)))(
-        job.keys
-    )
+    split = lambda key: jax.random.split(key, (job.config.restarts, 2))  # noqa: E731
+    keys = jax.vmap(split)(_round_keys(job, int(state.round))[:, 0])
     candidates = _before_start(job, state, keys[..., 0])
     choose = job.programs.again if state.round else job.programs.first
     ids = (jnp.asarray(state.discrete),) if state.round else ()
@@ -176,6 +175,11 @@ def _select(job: Job, state: State) -> State:
     # The i-th result holds the i-th batch of every device: interleave them back into the order of the batches.
     together = jax.tree.map(lambda *leaves: _interleave(leaves, k), *chosen)
     return state._replace(descent=job.programs.init(together), phase=np.int32(CONTINUOUS), step=np.int32(0))
+
+
+def _round_keys(job: Job, r: int) -> Key[Array, "k 2"]:
+    """One key for the continuous and one for the discrete phase of round r, for every client batch."""
+    return jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, r)))(jax.random.clone(job.keys))
 
 
 def _interleave(leaves: Sequence[Array], k: int) -> Array:
@@ -285,7 +289,7 @@ def _scorer(job: Job, j: int, candidate: Candidate, tick: Callable[[int], None] 
 
 def _discrete_starts(job: Job, j: int, r: int, continuous, previous, free) -> Int[np.ndarray, "n b t"]:
     """The continuous solution, the previous discrete one, and permutations of the former, each row its own."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.clone(job.keys)[j], r), job.config.restarts)
+    key = _round_keys(job, r)[j, 1]
     rows = [continuous[None]] + ([previous[None]] if r > 0 else [])
     if job.config.permutations:
         draw = jax.vmap(lambda key: moves.permutation(key, jnp.asarray(free), shared=False))
