@@ -62,6 +62,7 @@ def _parse(args: list[str]) -> list[str]:
 
 def entry() -> None:
     """Define the flags and start."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     # Each CPU core is a device of its own: independent client batches then run side by side.
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     flags.define(Config())

@@ -76,13 +76,12 @@ def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     where = folder / "results.jsonl"
     lines = where.read_text("utf-8", "replace").split("\n")
     records = [_record(line, f"{where}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if "ids" in run:
-        records = [record for record in records if record.get("id") in run["ids"]]
     if not records:
-        raise InputError(
-            f"{where} holds no result of this run, so there is nothing to report; run an attack into {folder} first."
-        )
-    return run, records
+        raise InputError(f"{where} is empty, so there is nothing to report; run an attack into {folder} first.")
+    mine = [record for record in records if record.get("id") in run.get("ids", [record.get("id")])]
+    if not mine:
+        raise InputError(f"{where} holds only results of other code or data; run an attack into {folder} again.")
+    return run, mine
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:

@@ -93,7 +93,25 @@ def test_slurm_dry_run():
     assert words[0] == "sbatch"
     assert {"--partition=gpu", "--gres=gpu:1", "--requeue", "--nodes=1"} <= set(words)
     assert words[-2] == "--wrap"
-    assert shlex.split(words[-1]) == ["exec", str(ROOT / "launch" / "local.sh"), "--run_dir=r"]
+    step = ["srun", "--ntasks=1", str(ROOT / "launch" / "local.sh"), "--run_dir=r"]
+    assert shlex.split(words[-1])[: len(step)] == step
+    assert "--signal=TERM@60" in words
+
+
+def test_slurm_requeues_an_interrupted_job(teller, tmp_path):
+    """Exit code 130 (state saved) puts the job back in the queue; any other code is passed on."""
+    teller("sbatch")
+    done = sh("slurm.sh", "--run_dir=r", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    job = done.stdout.splitlines()[-1]
+    for code in (130, 2, 0):
+        (tmp_path / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@"\n')
+        for name in ("srun", "scontrol"):
+            (tmp_path / name).chmod(0o755)
+        env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+        ran = subprocess.run(["sh", "-c", job], capture_output=True, text=True, env=env)
+        assert ran.returncode == code
+        assert ran.stdout.strip() == ("requeue 7" if code == 130 else "")
 
 
 def test_slurm_submits(teller, tmp_path):
@@ -102,6 +120,8 @@ def test_slurm_submits(teller, tmp_path):
     done = sh("slurm.sh", *ODD, PATH=f"{tmp_path}:{os.environ['PATH']}")
     options = done.stdout.splitlines()
     assert "--job-name=grab_jax" in options
-    ran = subprocess.run(["sh", "-c", options[-1]], capture_output=True, text=True,
-                         env=os.environ | {"PYTHON": str(teller("python"))})  # fmt: skip
+    (tmp_path / "srun").write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    env = os.environ | {"PYTHON": str(teller("python")), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ran = subprocess.run(["sh", "-c", options[-1]], capture_output=True, text=True, env=env)
     assert ran.stdout.splitlines() == ["-m", "grab_jax.main", *ODD], ran.stderr
