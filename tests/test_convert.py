@@ -321,7 +321,7 @@ def test_variants_that_would_be_computed_wrongly_are_refused(tmp_path, name, cha
         ("builtin:bert-huge", "builtin:bert-huge.*builtin:bert-mini"),
         ("/no/such/folder", "/no/such/folder' does not exist"),
         ("./no-such-folder", "does not exist"),
-        ("", "no config.json"),
+        ("", "does not exist"),
         ("no-such-org/no-such-model", "no-such-org/no-such-model.*builtin:bert-mini"),
         ("no-such-org--x/..", "no-such-org--x/.."),
     ],
