@@ -73,9 +73,11 @@ class KnownConfig:
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """The attack. Defaults are those of Grab (CCS 2024)."""
+    """The attack. Defaults are those of Grab (CCS 2024); span decoding has no settings."""
 
-    name: Literal["grab"] = setting("grab", "which attack")
+    name: Literal["grab", "span"] = setting(
+        "grab", "grab: gradient matching with learned dropout masks; span: exact decoding of the first layer's gradient"
+    )
     rounds: int = setting(5, "hybrid rounds (continuous, then discrete)")
     steps: int = setting(2000, "continuous steps per round")
     restarts: int = setting(1, "independent continuous runs per round; the best goes on")
@@ -92,6 +94,10 @@ class AttackConfig:
         "dropout masks: learn them, ignore dropout, or use the client's true ones (a control, not an attack)",
     )
     mask_start: float = setting(0.0, "start of mask learning: 0 = a 0/1 draw (Grab), 1 = the keep rate everywhere")
+    score_masks: Literal["learned", "off"] = setting(
+        "learned",
+        "masks under which token candidates are scored: the learned ones, which stay at their positions (Grab), or none",
+    )
     tokens: Literal["search", "true"] = setting(
         "search",
         "search for the tokens, or be given the true ones and learn masks only (a control, not an attack)",

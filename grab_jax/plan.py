@@ -57,6 +57,8 @@ def make(config: Config, model: Any, trainable: dict[str, Any], batches: Sequenc
     one_step = 6 * _activations(model, *largest) + _formed_table(model, trainable)
     budget = 0.6 * memory - 2 * shared
     size = int(max(1, min(config.run.group, budget // (shared + config.attack.restarts * one_step))))
+    if config.attack.name == "span":
+        size = 1  # seconds each: every batch is written as soon as it is decoded
     one_score = 2 * _activations(model, *largest) + _formed_table(model, trainable)
     chunk = config.attack.chunk or int(max(1, min(MOST_CHUNK, (budget - size * shared) // one_score)))
     groups = [

@@ -75,7 +75,10 @@ class Display:
         """The latest progress; `text()` is only called when something is shown."""
         phase, now = (progress.round, progress.phase), time.monotonic()
         finished = progress.step == progress.steps
-        if self._bar is not None:
+        if self._bar is not None and progress.phase == "rows":
+            self._bar.total, self._bar.n, self._bar.unit = progress.steps, progress.step, "row"
+            self._bar.refresh()
+        elif self._bar is not None:
             done = progress.round * self._bar.total // rounds
             if progress.phase != "select":
                 done += progress.step if progress.phase == "continuous" else self._bar.total // rounds
@@ -88,6 +91,8 @@ class Display:
             self.say("  " + self._words(progress, rounds, text))
 
     def _words(self, progress: Progress, rounds: int, text: Callable[[], str]) -> str:
+        if progress.phase == "rows":
+            return f"{progress.step} of {progress.steps} input rows found"
         unit = "step" if progress.phase == "continuous" else "batch"
         loss = [value for value in progress.loss.tolist() if value == value and value != float("inf")]
         mean = f", loss {sum(loss) / len(loss):.4g}" if loss else ""

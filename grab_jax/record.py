@@ -41,6 +41,7 @@ def record(
         "cosine": _cosines(truth, result),
         "labels": None if result.labels is None else [int(label) for label in result.labels],
         "notes": result.notes,
+        "evidence": result.evidence,
         "seconds": seconds,
     }
 
@@ -66,11 +67,18 @@ def mask_scores(truth: simulate.Simulated, result: Result, sentences, prediction
     rows = metrics.match_one_to_one([s["text"] for s in sentences], [p["text"] for p in predictions])
     pairs = [(row, match) for row, match in enumerate(rows) if match is not None]
     found = {
-        name: _site_auc(np.asarray(result.masks[name]), np.asarray(truth.masks[name]), site, pairs, truth)
+        name: _site_auc(_cut(result.masks[name], site, truth), np.asarray(truth.masks[name]), site, pairs, truth)
         for name, site in truth.problem.model.sites.items()
+        if name in result.masks
     }
     known = [value for value in found.values() if value is not None]
     return {"auc": found, "mean": float(np.mean(known)) if known else None}
+
+
+def _cut(learned: Any, site: Site, truth: simulate.Simulated) -> np.ndarray:
+    """The masks at the batch's own positions: an attack that was not told lengths may return longer ones."""
+    length = truth.batch.batch.ids.shape[1]
+    return np.asarray(learned)[(slice(None), *(slice(length) if axis == "t" else slice(None) for axis in site.axes))]
 
 
 def _site_auc(learned: np.ndarray, true: np.ndarray, site: Site, pairs, truth: simulate.Simulated) -> float | None:
@@ -92,7 +100,12 @@ def _real_entries(site: Site, real: np.ndarray) -> np.ndarray:
 
 
 def _cosines(truth: simulate.Simulated, result: Result) -> dict[str, float]:
-    """How well the reconstruction's own update points along the observed one, per tensor."""
+    """How well the reconstruction's own update points along the observed one, per tensor.
+
+    Empty for a reconstruction that carries its own evidence and was not found by matching.
+    """
+    if result.evidence is not None:
+        return {}
     problem, known = truth.problem, truth.problem.known
     ids = jax.numpy.asarray(result.ids)
     attention = (known.attention & (ids != problem.vocabulary.pad)).at[:, 0].set(True)

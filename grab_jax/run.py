@@ -220,8 +220,10 @@ def _attack(
     """Run or resume the attack, saving its state now and then; returns the results and seconds per client batch."""
     recipe, problems = ATTACKS[config.attack.name], [c.problem for c in clients]
     checkpoints, clock, begin = Checkpoints(saved), CompileClock(), time.monotonic()
-    blank = recipe.start(jax.random.clone(keys), problems, config.attack)
-    restored = checkpoints.restore({"state": blank, "seconds": np.zeros(2)})
+    restored = None
+    if hasattr(recipe, "start"):
+        blank = recipe.start(jax.random.clone(keys), problems, config.attack)
+        restored = checkpoints.restore({"state": blank, "seconds": np.zeros(2)})
     spent = restored["seconds"] if restored else np.zeros(2)
     latest = {"state": None, "saved": begin, "round": -1}
 

@@ -111,8 +111,9 @@ class Result(NamedTuple):
     """What an attack returns for one client batch.
 
     `ids` is the reconstruction; `confidence` in [0, 1] per position; `loss` the final matching distance; `masks`
-    the learned dropout masks or None; `trace` a list of dicts (round, phase, step, loss) in order of time; `notes`
-    sentences for the reader of the report.
+    the learned dropout masks (some sites suffice) or None; `trace` a list of dicts (round, phase, step, loss) in order
+    of time; `notes` sentences for the reader of the report; `evidence` what proves the reconstruction, or says that it
+    could not be tested (`attacks.span`), as plain data.
     """
 
     ids: Int[Array, "b t"]
@@ -122,6 +123,7 @@ class Result(NamedTuple):
     labels: Int[Array, " b"] | None
     trace: list[dict[str, Any]]
     notes: list[str]
+    evidence: dict[str, Any] | None = None
 
 
 class InputError(ValueError):

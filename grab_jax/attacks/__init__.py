@@ -1,5 +1,8 @@
-"""Attacks: recipes over matching and search. `ATTACKS[name]` has `attack` and `start`; see `grab.attack`."""
+"""Attacks: recipes over matching, search and span. `ATTACKS[name].attack`; see `grab.attack`.
 
-from grab_jax.attacks import grab
+A recipe with a `start` can be resumed from its state; one without takes seconds and is attacked batch by batch.
+"""
 
-ATTACKS = {"grab": grab}
+from grab_jax.attacks import grab, span
+
+ATTACKS = {"grab": grab, "span": span}

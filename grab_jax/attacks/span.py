@@ -1,0 +1,168 @@
+"""Span decoding: the whole batch from the first attention layer's gradient, with a certificate for every sentence.
+
+Needs a FedSGD gradient of the query, key and value kernels, the weights, the embedding tables and the dropout rate;
+neither labels nor lengths nor the batch size. It works while the batch holds fewer tokens than the model is wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from grab_jax import tuning
+from grab_jax.attacks.grab import OnSegment, Progress
+from grab_jax.config import AttackConfig
+from grab_jax.models import first_attention
+from grab_jax.span import assemble, subspace
+from grab_jax.span.decode import Row, decode
+from grab_jax.span.inputs import FirstAttention, normalise
+from grab_jax.span.members import members
+from grab_jax.types import Problem, Result
+
+WHOLE = 1e-3
+"""Largest residual of a certified sentence: measured below 1e-5 for right ones, above 1e-2 for wrong ones."""
+
+Notify = Callable[[int, int], None]
+
+
+def attack(
+    keys: Key[Array, " k"],
+    problems: Sequence[Problem],
+    config: AttackConfig,
+    *,
+    state: None = None,
+    on_segment: OnSegment | None = None,
+) -> list[Result]:
+    """Decode client batches one by one; nothing of `config` matters.
+
+    Args:
+      keys: one typed key per client batch, for the random goals of the search for copies.
+      problems: client batches.
+      on_segment: called with None and the progress.
+    """
+    del config, state
+    results = []
+
+    def notify(found: int, rank: int) -> None:
+        if on_segment is not None:
+            on_segment(None, Progress(0, "rows", found, rank, np.full(1, np.nan), None))
+
+    for key, problem in zip(keys, problems, strict=True):
+        seed = int(jax.random.bits(key, dtype=np.uint32))
+        results.append(recover(problem, seed, notify))
+    return results
+
+
+def recover(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> Result:
+    """One client batch."""
+    model = problem.model
+    first = first_attention.describe(model, {**problem.frozen, **problem.trainable})
+    if not problem.dropout:
+        first = first._replace(rate=0.0)
+    gradients = first_attention.gradients(model, problem.observed)
+    found = subspace.spectrum(gradients)
+    reason = not_testable(found, model.width)
+    if reason:
+        return _nothing(problem, found, reason)
+    rows = _rows(first, found.basis, seed, notify)
+    sentences = _sentences(problem, first, gradients, rows)
+    return _result(problem, found, rows, sentences)
+
+
+def not_testable(found: subspace.Spectrum, width: int) -> str | None:
+    """Why this update tells nothing here, or None."""
+    if found.rank >= width:
+        return f"not testable by span decoding: at least {found.rank} tokens >= width {width}"
+    if found.rank == 0:
+        return "not testable by span decoding: the first attention layer's gradient is zero or not finite"
+    return None
+
+
+def _rows(first: FirstAttention, basis, seed: int, notify: Notify) -> list[Row]:
+    if first.rate:
+        return decode(first, basis, seed=seed, notify=notify)
+    near = members(first, basis, notify=notify)
+    # Without dropout a row's certificate is how little of it lies outside the span.
+    return [Row(p, t, row, np.ones(len(row), bool), 1.0 - away) for p, t, row, away in near]
+
+
+def _sentences(problem: Problem, first: FirstAttention, gradients, rows: list[Row]) -> list[assemble.Sentence]:
+    if not rows:
+        return []
+    inputs = np.stack([row.values for row in rows])
+    if first.later is not None and first.rate:
+        inputs = normalise(first.later, inputs)
+    heads = problem.model.config.num_attention_heads
+    projected = assemble.projections(inputs, gradients, first.query, first.key, heads)
+    positions, tokens = (np.array(column) for column in list(zip(*rows, strict=True))[:2])
+    if first.rate:
+        matrix = assemble.equations(projected).reshape(len(rows), -1)
+        return assemble.assemble(matrix, positions).sentences
+    ends = {"cls": problem.vocabulary.cls, "sep": problem.vocabulary.sep}
+    return assemble.assemble_merged(projected, positions, tokens, **ends)
+
+
+def certified(sentence: assemble.Sentence, rows: Sequence[Row], problem: Problem) -> bool:
+    """Whether a sentence is proven: its equations hold, every position is there once, and its ends are right."""
+    members_ = [rows[i] for i in sentence.rows]
+    if sentence.residual > WHOLE or [row.position for row in members_] != list(range(len(members_))):
+        return False
+    vocabulary = problem.vocabulary
+    starts = vocabulary.cls is None or members_[0].token == vocabulary.cls
+    return starts and (vocabulary.sep is None or members_[-1].token == vocabulary.sep)
+
+
+def _result(problem: Problem, found: subspace.Spectrum, rows: list[Row], sentences) -> Result:
+    count = max(len(sentences), 1)
+    length = max([row.position + 1 for row in rows] + [problem.known.ids.shape[1]])
+    ids = np.full((count, length), problem.vocabulary.pad, np.int32)
+    sure = np.zeros((count, length))
+    kept = np.ones((count, length, problem.model.width), np.float32)
+    for s, sentence in enumerate(sentences):
+        for row in (rows[i] for i in sentence.rows):
+            ids[s, row.position], sure[s, row.position] = row.token, row.certificate
+            kept[s, row.position] = row.kept
+    proven = [certified(sentence, rows, problem) for sentence in sentences]
+    used = {i for sentence in sentences for i in sentence.rows}
+    notes = []
+    if len(rows) < found.rank:
+        notes.append(f"{found.rank - len(rows)} of {found.rank} input rows were not found")
+    if len(used) < len(rows):
+        notes.append(f"{len(rows) - len(used)} input rows found belong to no sentence found")
+    evidence = _evidence(found, problem) | {
+        "sentences": [{"certified": bool(ok), "residual": s.residual} for ok, s in zip(proven, sentences, strict=True)],
+        "rows": [
+            {"position": row.position, "token": row.token, "certificate": row.certificate, "used": i in used}
+            for i, row in enumerate(rows)
+        ],
+    }
+    return Result(
+        ids=ids,
+        confidence=np.clip(sure, 0, 1),
+        loss=max((s.residual for s in sentences), default=float("nan")),
+        masks={"embeddings": kept} if problem.dropout else None,
+        labels=None,
+        trace=[],
+        notes=notes,
+        evidence=evidence,
+    )
+
+
+def _nothing(problem: Problem, found: subspace.Spectrum, reason: str) -> Result:
+    pad = np.full((1, 1), problem.vocabulary.pad, np.int32)
+    evidence = _evidence(found, problem) | {"sentences": [], "rows": [], "not_testable": reason}
+    return Result(pad, np.zeros((1, 1)), float("nan"), None, None, [], [reason], evidence)
+
+
+def _evidence(found: subspace.Spectrum, problem: Problem) -> dict[str, Any]:
+    return {
+        "width": problem.model.width,
+        "rank": found.rank,
+        "gap_rank": found.gap_rank,
+        "floor": found.floor,
+        "spectrum": [float(v) for v in found.values],
+    }
