@@ -337,6 +337,20 @@ def _commit(search: Search, tokens: np.ndarray, positions: np.ndarray, generator
     return found
 
 
-def _gaps(search: Search, generator: np.random.Generator, notify) -> int:
-    """Rows the first pass missed: the whole vocabulary with goals along what is missing."""
-    return 0
+def _gaps(search: Search, generator: np.random.Generator, notify, draws: int = 2, trials: int = 8) -> int:
+    """Rows the first pass missed: the whole vocabulary at every position in use, with goals along what is missing."""
+    scale = jnp.asarray(search.space.scale, jnp.float32)
+    positions = np.arange(min(max(row.position for row in search.rows) + 2, len(search.first.places)))
+    positions = np.pad(positions, (0, -len(positions) % CHUNK), mode="edge").reshape(-1, CHUNK)
+    found = 0
+    for direction in search.direction(generator, draws):
+        goal, pairs = jnp.asarray(direction, jnp.float32), []
+        for some in positions:
+            _, tokens = scan(search.first, scale, search.space.padded, some, goal, iterations=10, best=8)
+            pairs += zip(np.repeat(some, tokens.shape[1]).tolist(), np.asarray(tokens).reshape(-1).tolist(), strict=True)
+        where, what = (np.repeat(column, trials) for column in np.array(sorted(set(pairs))).T)
+        found += _commit(search, what, where, generator)
+        notify(len(search.rows), search.space.inputs.shape[1])
+        if not search.missing:
+            break
+    return found
