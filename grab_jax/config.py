@@ -42,10 +42,14 @@ class DataConfig:
         "builtin, cola, sst2, rotten_tomatoes, a hub id, or a .jsonl, .csv or .txt file (text, label)",
     )
     split: str = setting("train", "split of a hub data set")
+    shuffle: int | None = setting(
+        None, "shuffle all sentences with this seed; default: the source's own (sampled) order"
+    )
     start: int = setting(0, "skip this many sentences of the (sampled) order")
     max_length: int = setting(128, "longest sentence in tokens; longer ones are cut, with a warning")
 
     def __post_init__(self):
+        _require(self.shuffle is None or self.shuffle >= 0, "data_shuffle", self.shuffle, "a seed of 0 or more")
         _require(self.start >= 0, "data_start", self.start, "0 or more")
         _require(self.max_length >= 4, "data_max_length", self.max_length, "at least 4 tokens")
 

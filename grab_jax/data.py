@@ -63,6 +63,8 @@ def sentences(config: DataConfig) -> list[Sentence]:
         raise InputError(
             f"--data_start={config.start} is past the end of --data={config.name} ({len(found)} sentences)"
         )
+    if config.shuffle is not None:
+        found = [found[i] for i in np.random.default_rng(config.shuffle).permutation(len(found))]
     return found[config.start :]
 
 

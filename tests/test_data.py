@@ -255,3 +255,13 @@ def test_no_tokenizer(tmp_path):
     assert "has no tokenizer" in refusal(data.load_tokenizer, str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{")
     assert "no usable tokenizer" in refusal(data.load_tokenizer, str(tmp_path))
+
+
+def test_shuffle_reorders_all_sentences_by_its_seed(tmp_path):
+    path = tmp_path / "many.txt"
+    path.write_text("\n".join(f"sentence {i}" for i in range(50)))
+    read = lambda **kw: [s.row for s in data.sentences(DataConfig(name=str(path), **kw))]  # noqa: E731
+    assert read() == list(range(50))
+    assert sorted(read(shuffle=3)) == list(range(50)) != read(shuffle=3)
+    assert read(shuffle=3) == read(shuffle=3) != read(shuffle=4)
+    assert read(shuffle=3, start=10) == read(shuffle=3)[10:]

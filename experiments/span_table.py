@@ -1,0 +1,72 @@
+"""The table of span decoding: exact recovery per setting, each cell a resumable run of its own.
+
+    python experiments/span_table.py --model=FOLDER --folder=runs/span --cell=cola=DATA.jsonl:0.1:1:100
+
+A cell is `NAME=DATA:DROPOUT:BATCH_SIZE:SENTENCES`; give `--cell` once for each. Sentences are drawn from the data with
+`--shuffle`, dropout and search with `--seed`. Prints one line of a Markdown table per cell as it finishes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+from grab_jax import report, run
+from grab_jax.config import AttackConfig, ClientConfig, Config, DataConfig, ModelConfig, RunConfig
+
+MODEL = flags.DEFINE_string("model", "builtin:bert-mini", "model, as for grab_jax.main")
+FOLDER = flags.DEFINE_string("folder", "runs/span_table", "a run folder is made here for every cell")
+CELLS = flags.DEFINE_multi_string("cell", None, "NAME=DATA:DROPOUT:BATCH_SIZE:SENTENCES", required=True)
+SHUFFLE = flags.DEFINE_integer("shuffle", 0, "seed that draws the sentences")
+SEED = flags.DEFINE_integer("seed", 0, "seed of dropout, head and search")
+HEADER = "| data | dropout | B | sentences | mean tokens | rows found | exact | certified | wrong | s / batch |"
+
+
+def config(cell: str) -> Config:
+    """The run of one cell."""
+    name, settings = cell.split("=", 1)
+    data, dropout, size, sentences = settings.rsplit(":", 3)
+    return Config(
+        model=ModelConfig(name=MODEL.value),
+        data=DataConfig(name=data, shuffle=SHUFFLE.value),
+        num_batches=int(sentences) // int(size),
+        batch_size=int(size),
+        client=ClientConfig(dropout=float(dropout)),
+        attack=AttackConfig(name="span"),
+        seed=SEED.value,
+        run=RunConfig(dir=f"{FOLDER.value}/{name}-p{dropout}-b{size}-seed{SEED.value}", progress="off"),
+    )
+
+
+def line(cell: str, folder: Path) -> str:
+    """One line of the table, from the run's records."""
+    name, settings = cell.split("=", 1)
+    _, dropout, size, _ = settings.rsplit(":", 3)
+    _, records = report.read(folder)
+    records = [record for record in records if not record["control"]]
+    summary = json.loads((folder / "summary.json").read_text())
+    evidence = [record["evidence"] for record in records]
+    claims = [(s["certified"], p["tokens"], r) for r, e in zip(records, evidence, strict=True)
+              for s, p in zip(e["sentences"], r["predictions"], strict=False)]  # fmt: skip
+    proven = [(tokens, record) for certified, tokens, record in claims if certified]
+    wrong = sum(tokens not in [s["tokens"] for s in record["sentences"]] for tokens, record in proven)
+    n, exact = summary["n_sentences"], summary["exact_match"]
+    found, rank = sum(len(e["rows"]) for e in evidence), sum(e["rank"] for e in evidence)
+    seconds = np.mean([record["seconds"]["attack"] for record in records])
+    parts = (name, dropout, size, n, f"{rank / len(records):.0f}", f"{found}/{rank}", f"{exact:.1f} %",
+             len(proven), wrong, f"{seconds:.1f}")  # fmt: skip
+    return "| " + " | ".join(map(str, parts)) + " |"
+
+
+def main(_argv: list[str]) -> None:
+    """Run or resume every cell and print the table."""
+    print(HEADER + "\n" + "|---" * HEADER.count(" | ") + "|---|")
+    for cell in CELLS.value:
+        print(line(cell, run.run(config(cell))), flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
