@@ -1,6 +1,6 @@
 """The table of span decoding: exact recovery per setting, each cell a resumable run of its own.
 
-    python experiments/span_table.py --model=FOLDER --folder=runs/span --cell=cola=DATA.jsonl:0.1:1:100
+    python experiments/span_table.py --cell=bundled=builtin:0.1:1:8 --cell=bundled=builtin:0.1:4:8
 
 A cell is `NAME=DATA:DROPOUT:BATCH_SIZE:SENTENCES`; give `--cell` once for each. Sentences are drawn from the data with
 `--shuffle`, dropout and search with `--seed`. Prints one line of a Markdown table per cell as it finishes.
@@ -8,11 +8,13 @@ A cell is `NAME=DATA:DROPOUT:BATCH_SIZE:SENTENCES`; give `--cell` once for each.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from grab_jax import report, run
 from grab_jax.config import AttackConfig, ClientConfig, Config, DataConfig, ModelConfig, RunConfig
@@ -64,8 +66,11 @@ def line(cell: str, folder: Path) -> str:
 def main(_argv: list[str]) -> None:
     """Run or resume every cell and print the table."""
     print(HEADER + "\n" + "|---" * HEADER.count(" | ") + "|---|")
+    logging.set_verbosity(logging.WARNING)
     for cell in CELLS.value:
-        print(line(cell, run.run(config(cell))), flush=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            folder = run.run(config(cell))
+        print(line(cell, folder), flush=True)
 
 
 if __name__ == "__main__":

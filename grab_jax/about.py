@@ -17,8 +17,8 @@ import jax
 from grab_jax.config import Config, identity
 
 RESULT_CODE = (
-    "models/*.py", "search/*.py", "span/*.py", "attacks/*.py", "masks.py", "losses.py", "tuning.py", "client.py", "simulate.py",
-    "leaves.py", "distances.py", "matching.py", "data.py", "record.py",
+    "models/*.py", "search/*.py", "span/*.py", "attacks/*.py", "masks.py", "losses.py", "tuning.py", "client.py",
+    "simulate.py", "leaves.py", "distances.py", "matching.py", "data.py", "record.py",
 )  # fmt: skip
 """What can change a reconstruction; reports and progress cannot."""
 
@@ -41,7 +41,7 @@ def about(config: Config, model: Any, parameters: int, notes: list[str], ids: li
         "code": code_version(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "setting": _setting(config, model),
-        "assumptions": _assumptions(config),
+        "assumptions": _assumptions(config, model),
         "notes": notes,
         "ids": ids,
         "flags_file": "flags.txt",
@@ -50,9 +50,10 @@ def about(config: Config, model: Any, parameters: int, notes: list[str], ids: li
 
 def _setting(config: Config, model: Any) -> list[str]:
     dropout = f"dropout {config.client.dropout:g} on" if config.client.dropout else "dropout off (evaluation mode)"
+    task = "next-token prediction" if config.model.task == "causal_lm" else "sequence classification"
     frozen = "word and position embeddings frozen" if config.client.frozen == "embeddings" else "everything trained"
     return [
-        f"One FedSGD step of sequence classification with {config.model.name} ({model.family}, width {model.width}, "
+        f"One FedSGD step of {task} with {config.model.name} ({model.family}, width {model.width}, "
         f"{model.config.num_hidden_layers} layers), {_count(config.batch_size, 'sentence')} per client batch.",
         f"Client in {'training' if config.client.dropout else 'evaluation'} mode: {dropout}; {frozen}.",
     ]
@@ -62,14 +63,33 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _assumptions(config: Config) -> list[str]:
+def _assumptions(config: Config, model: Any) -> list[str]:
+    server = "Honest-but-curious server: it sees one client's exact float32 gradient and the weights it sent."
+    return [server, *(_told_span(config, model) if config.attack.name == "span" else _told_grab(config))]
+
+
+def _told_span(config: Config, model: Any) -> list[str]:
+    """Span decoding takes nothing of `--known_*`, and no setting of another attack."""
+    rate = config.client.dropout
+    return [
+        "It uses the first attention layer's query, key and value gradients only, with the weights of that layer and "
+        "the word and position embeddings.",
+        "It is not told the labels, the sentences' lengths or the batch size, whatever --known_labels and "
+        "--known_lengths say.",
+        f"It knows the dropout rate ({rate:g}), and decodes the masks."
+        if rate
+        else "It knows that the client trains without dropout.",
+        f"The batch holds fewer tokens than the model is wide ({model.width}); any other batch is not testable.",
+    ]
+
+
+def _told_grab(config: Config) -> list[str]:
     mode = {
         "learn": "It knows the dropout rate and sites and learns the masks.",
         "off": "It ignores dropout (evaluation mode).",
         "true": "Control: it is given the client's true dropout masks.",
     }
     said = [
-        "Honest-but-curious server: it sees one client's exact float32 gradient and the weights it sent.",
         "The attacker knows the batch size, the architecture and which parameters are frozen.",
         "It is told every label." if config.known.labels else "It is not told the labels.",
         "It is told every sentence's length."

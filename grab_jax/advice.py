@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from grab_jax import evidence
 
 MORE_DROPOUT, MORE_SENTENCES = 0.3, 8
 
@@ -19,11 +22,19 @@ class Change(NamedTuple):
     value: Any
 
 
-def advice(run: Mapping[str, Any], run_dir: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """Title, reason and command of each change that is not already in force."""
+def advice(
+    run: Mapping[str, Any], run_dir: str | os.PathLike[str], attacked: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, str]]:
+    """Title, reason and command of each change that is not already in force and that the attack may feel.
+
+    `attacked` are the run's records; where they hold evidence, it tells how large a batch is large enough.
+    """
+    flags, largest = settings(run), evidence.widest(attacked)
+    # What span decoding reads does not depend on whether the embeddings are trained.
+    others = [_fill(flags, *largest)] if largest else [_batch_size(flags), _frozen(flags)]
     return [
         {"title": change.title, "why": change.why, "command": _changed(run, run_dir, change)}
-        for change in (_dropout(settings(run)), _batch_size(settings(run)), _frozen(settings(run)))
+        for change in (_dropout(flags, bool(largest)), *others)
         if change is not None
     ]
 
@@ -54,21 +65,41 @@ def _changed(run: Mapping[str, Any], run_dir: str | os.PathLike[str], change: Ch
     return command(run, run_dir, suffix, f"--{change.flag}={change.value}")
 
 
-def _dropout(flags: Mapping[str, Any]) -> Change | None:
+def _dropout(flags: Mapping[str, Any], decoded: bool) -> Change | None:
     rate = flags.get("client_dropout")
     if isinstance(rate, int | float) and rate >= MORE_DROPOUT:
         return None
-    why = "The attacker then has to find the dropout masks as well as the text."
+    why = (
+        "The fewer coordinates dropout keeps, the fewer tell one token from another; measure whether that is enough."
+        if decoded
+        else "The attacker then has to find the dropout masks as well as the text."
+    )
     return Change("Does more dropout in the client's training leak less?", why, "client_dropout", MORE_DROPOUT)
 
 
+def _fill(flags: Mapping[str, Any], rank: int, width: int) -> Change | None:
+    """A batch of so many tokens that the gradient's row space holds every vector."""
+    size = _size(flags)
+    if rank >= width:
+        return None
+    why = (
+        f"Span decoding ends where a batch holds as many tokens as the model is wide: {width}, against at most {rank} "
+        "here. Other attacks do not end there."
+    )
+    return Change("Do larger client batches leak less?", why, "batch_size", math.ceil(1.2 * size * width / rank))
+
+
 def _batch_size(flags: Mapping[str, Any]) -> Change:
-    size = flags.get("batch_size")
-    size = size if isinstance(size, int) and size > 0 else 1
+    size = _size(flags)
     larger = MORE_SENTENCES if size < MORE_SENTENCES else 2 * size
     plural = "" if size == 1 else "s"
     why = f"An update averaged over {larger} sentences instead of {size} sentence{plural} says less about each."
     return Change("Do larger client batches leak less?", why, "batch_size", larger)
+
+
+def _size(flags: Mapping[str, Any]) -> int:
+    size = flags.get("batch_size")
+    return size if isinstance(size, int) and size > 0 else 1
 
 
 def _frozen(flags: Mapping[str, Any]) -> Change | None:

@@ -20,11 +20,12 @@ Simulate = Callable[..., Mapping[str, Leaf]]
 
 
 def fedsgd(model: Any, *, factored: bool = False) -> Simulate:
-    """One FedSGD step of sequence classification: the gradient of the mean loss.
+    """One FedSGD step: the gradient of the mean loss, of sequence classification or (causal LM) of the next token.
 
     With `factored=True` kernels come as `leaves.Outer` (the same matrix, not formed): what an attacker compares.
     Returns `simulate(trainable, frozen, inputs, attention, labels, masks) -> Update`, where `inputs` are token ids
     `[b t]` or word embeddings `[b t d]`, `labels` class probabilities `[b c]`, and `masks=None` is evaluation mode.
+    A causal LM needs token ids and does not look at `labels`.
     The update has one entry per tensor of `trainable`.
     """
 
@@ -36,14 +37,17 @@ def fedsgd(model: Any, *, factored: bool = False) -> Simulate:
         labels: Float[Array, "b c"],
         masks: Masks | None = None,
     ) -> Mapping[str, Leaf]:
+        def loss(logits):
+            if model.task == "causal_lm":
+                return losses.next_token(logits, inputs, attention)
+            return losses.classification(logits, labels)
+
         if factored:
-            loss = lambda logits: losses.classification(logits, labels)  # noqa: E731
             params = tuning.merge(trainable, frozen)
             return model.factored_gradient(loss, params, trainable, inputs, attention, masks)
 
         def loss_of(trained):
-            logits = model.apply(tuning.merge(trained, frozen), inputs, attention, masks)
-            return losses.classification(logits, labels)
+            return loss(model.apply(tuning.merge(trained, frozen), inputs, attention, masks))
 
         return jax.grad(loss_of)(dict(trainable))
 

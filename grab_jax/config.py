@@ -31,6 +31,9 @@ class ModelConfig:
     name: str = setting("builtin:bert-mini", "builtin:bert-mini, builtin:gpt2-mini, a Hugging Face folder, or a hub id")
     revision: str | None = setting(None, "branch, tag or commit on the hub")
     num_labels: int | None = setting(None, "classes of the head; default: the checkpoint's")
+    task: Literal["classification", "causal_lm"] = setting(
+        "classification", "what the client trains: sequence classification, or next-token prediction (GPT-2)"
+    )
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class AttackConfig:
     mask_start: float = setting(0.0, "start of mask learning: 0 = a 0/1 draw (Grab), 1 = the keep rate everywhere")
     score_masks: Literal["learned", "off"] = setting(
         "learned",
-        "masks under which token candidates are scored: the learned ones, which stay at their positions (Grab), or none",
+        "masks under which tokens are scored: the learned ones, which stay at their positions (Grab), or none",
     )
     tokens: Literal["search", "true"] = setting(
         "search",
@@ -165,6 +168,11 @@ class Config:
     dry_run: bool = setting(False, "print the plan (sites, sizes, memory, time, compilations) and stop")
 
     def __post_init__(self):
+        if self.model.task == "causal_lm" and self.attack.name == "grab":
+            raise InputError(
+                "--attack=grab needs --model_task=classification: its candidates are embeddings without a next token; "
+                "use --attack=span"
+            )
         _require(self.num_batches >= 1, "num_batches", self.num_batches, "1 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "an integer in [0, 2^32)")

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import jax
+import numpy as np
 
 from grab_jax import about, client, distances, plan, run
 from grab_jax.config import Config
+from grab_jax.span.decode import bucket
+from grab_jax.types import Batch
+
+PER_BUCKET, PER_COUNT = 20, 4
+"""Programs that span decoding compiles for a bucket of token counts, and without dropout for every count."""
 
 
 def describe(config: Config) -> str:
-    """The plan in words, one topic a line; one candidate score is timed for the estimate."""
+    """The plan in words, one topic a line; for a search, one candidate score is timed for the estimate."""
     jax.config.update("jax_default_matmul_precision", "highest")
     session = run.prepare(config)
-    model, work, attack = session.loaded.model, session.plan, config.attack
-    shared = sum(int(v.size) for v in session.trainable.values())
+    topics = (_span if config.attack.name == "span" else _grab)(session)
+    notes = [f"note         {note}" for note in session.notes]
+    return "\n".join([f"{topic:12s} {text}" for topic, text in topics.items()] + notes)
+
+
+def _grab(session: run.Session) -> dict[str, str]:
+    work, attack = session.plan, session.config.attack
     shapes = ", ".join(f"{len(g.members)} x {list(g.shape)}" for g in work.groups)
-    topics = {
-        "attack": f"{attack.name}: {attack.rounds} rounds x {attack.steps} steps, {attack.restarts} restart(s), "
-        f"masks {attack.masks}",
-        "model": f"{config.model.name}: {model.family}, width {model.width}, {model.config.num_hidden_layers} layers, "
-        f"{len(model.sites)} dropout sites",
-        "update": f"{len(session.trainable)} tensors, {shared / 1e6:.1f} M parameters shared",
+    said = f"{attack.name}: {attack.rounds} rounds x {attack.steps} steps, {attack.restarts} restart(s), "
+    return {
+        "attack": f"{said}masks {attack.masks}",
+        **_client(session),
         "batches": f"{len(session.batches)} in {len(work.groups)} group(s): {shapes} [sentences, tokens]",
         "memory": f"about {work.bytes / 2**30:.2f} of {work.memory / 2**30:.1f} GiB; "
         f"{work.chunk} candidates scored at once",
@@ -28,8 +39,73 @@ def describe(config: Config) -> str:
         "work": f"at most {work.steps} continuous steps and about {work.scores} candidate scores",
         "time": f"about {_clock(plan.seconds(work, _score_once(session)))} without compilation, {about.device()}",
     }
-    notes = [f"note         {note}" for note in session.notes]
-    return "\n".join([f"{topic:12s} {text}" for topic, text in topics.items()] + notes)
+
+
+def _client(session: run.Session) -> dict[str, str]:
+    """What is attacked, whatever the attack."""
+    config, model = session.config, session.loaded.model
+    shared = sum(int(v.size) for v in session.trainable.values())
+    return {
+        "model": f"{config.model.name}: {model.family}, width {model.width}, {model.config.num_hidden_layers} layers, "
+        f"{len(model.sites)} dropout sites",
+        "update": f"{len(session.trainable)} tensors, {shared / 1e6:.1f} M parameters shared",
+    }
+
+
+# --- span decoding ----------------------------------------------------------------------------------------
+
+
+def _span(session: run.Session) -> dict[str, str]:
+    dropout, width = session.config.client.dropout > 0, session.loaded.model.width
+    counts = [rows(b.batch, dropout) for b in session.batches]
+    fit = [count for count in counts if count < width]
+    shapes = Counter(tuple(batch.batch.ids.shape) for batch in session.batches)
+    listed = ", ".join(f"{count} x {list(shape)}" for shape, count in sorted(shapes.items()))
+    return {
+        "attack": "span: exact decoding of the first attention layer's gradient",
+        **_client(session),
+        "batches": f"{len(counts)}, one after another: {listed} [sentences, tokens]",
+        "tokens": _tokens(counts, width),
+        "memory": f"about {_bytes(session) / 2**30:.2f} of {session.plan.memory / 2**30:.1f} GiB",
+        "compilations": _compilations(fit, dropout),
+        "time": f"not estimated: seconds to minutes a batch, more as its tokens near the width; {about.device()}",
+    }
+
+
+def rows(batch: Batch, dropout: bool) -> int:
+    """Input rows of a batch: its tokens; without dropout, equal tokens at one position are one row."""
+    ids, real = np.asarray(batch.ids), np.asarray(batch.attention)
+    if dropout:
+        return int(real.sum())
+    return len({(place, ids[sentence, place]) for sentence, place in zip(*np.nonzero(real), strict=True)})
+
+
+def _tokens(counts: list[int], width: int) -> str:
+    fit = [count for count in counts if count < width]
+    if len(fit) == len(counts):
+        return f"at most {max(counts)} in a batch, fewer than the width {width}: testable"
+    rest = f"; at most {max(fit)} in the others" if fit else ""
+    return f"{len(counts) - len(fit)} of {len(counts)} batches not testable: the width {width} or more{rest}"
+
+
+def _compilations(counts: list[int], dropout: bool) -> str:
+    if not counts:
+        return "none: no batch is testable"
+    if not dropout:
+        return f"about {PER_COUNT * len(set(counts))}, some for each count of tokens"
+    buckets = sorted({bucket(count, 8) for count in counts})
+    return f"about {PER_BUCKET * len(buckets)}, some for each bucket of tokens (up to {', '.join(map(str, buckets))})"
+
+
+def _bytes(session: run.Session) -> int:
+    """Weights, two copies of the update, and three of the word table, which the scan of the vocabulary holds."""
+    size = lambda values: 4 * sum(int(value.size) for value in values)  # noqa: E731
+    everything = {**session.frozen, **session.trainable}
+    table = size([everything[session.loaded.model.word_table]])
+    return size(everything.values()) + 2 * size(session.trainable.values()) + 3 * table
+
+
+# --- the search -------------------------------------------------------------------------------------------
 
 
 def _clock(seconds: float) -> str:

@@ -47,9 +47,10 @@ def terminal(record: Mapping[str, Any], *, colour: bool, redact: bool = False) -
     for line in highlight(record, private([record]) if redact else None):
         right = sum(mark == "right" for _, mark in line.truth)
         head = f"batch {line.score['batch']}, sentence {line.score['sentence']}: ROUGE-L {line.score['rougeL']:.1f}"
-        out.append(f"{head}, {right} of {len(line.truth)} tokens in place")
+        sure = ", proven" if line.score["proven"] else ""
+        out.append(f"{head}, {right} of {len(line.truth)} tokens in place{sure}")
         out.append(f"  truth {_words(line.truth, colour)}")
-        out.append(f"  found {' (nothing)' if line.found is None else _words(line.found, colour)}")
+        out.append(f"  found {_words(line.found, colour) if line.found else ' (nothing)'}")
     legend = "   ".join(_paint(text, mark, colour) for mark, text in LEGEND.items())
     return "\n".join([*out, f"  legend: {legend}"])
 

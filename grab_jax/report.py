@@ -1,13 +1,14 @@
 """A run folder made readable: `report.html`, one file without scripts or external loads.
 
 `render` needs `run.json` and `results.jsonl` only, so a report can be rebuilt without running anything. The layout
-is `report.html.jinja`; this module computes what it shows, with `highlight`, `redact`, `chart`, `bars` and
-`advice`. Private words are hidden in the page unless `config.report.redact` of the run is false.
+is `report.html.jinja`; this module computes what it shows, with `highlight`, `redact`, `chart`, `bars`, `evidence`,
+`spectrum` and `advice`. Private words are hidden in the page unless `config.report.redact` of the run is false.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, Template
 
-from grab_jax import advice, bars, chart, summary
+from grab_jax import advice, bars, chart, evidence, spectrum, summary
 from grab_jax.highlight import highlight
 from grab_jax.metrics import known
 from grab_jax.pieces import Piece
@@ -41,20 +42,25 @@ def render(run_dir: str | os.PathLike[str]) -> Path:
     run, records = read(folder)
     attacked = [record for record in records if not record.get("control")]
     hide = advice.settings(run).get("report_redact") is not False
-    cards = _cards(attacked, private(attacked) if hide else None)
+    # Scores of a run in which nothing could be tested would read as a protected client.
+    tested = any(evidence.tested(record) for record in attacked)
+    cards = _cards(attacked, private(attacked) if hide else None) if tested else []
     page = _template().render(
         run=run,
         summary=summary.summarise(records, run),
-        glance=_glance(attacked, records),
+        glance=_glance(attacked, records) if tested else [],
         labels=_labels(attacked),
         cards=cards,
         n_open=SHOWN_OPEN if len(cards) >= FOLD_FROM else len(cards),
         n_hidden=sum(max(1, len(r["sentences"])) for r in attacked) - len(cards),
         redacted=hide,
+        evidence=evidence.table(attacked),
+        merged=advice.settings(run).get("client_dropout") == 0,
+        spectrum=spectrum.chart(attacked),
         trajectory=chart.trajectory(attacked),
         layers=bars.layers(attacked),
         sites=bars.sites(attacked),
-        advice=advice.advice(run, run_dir),
+        advice=advice.advice(run, run_dir, attacked),
         repeat=advice.command(run, run_dir, "again"),
         notes=_notes(run, attacked),
         n_control=len(records) - len(attacked),
@@ -124,7 +130,7 @@ def _write(path: Path, text: str) -> Path:
 def _template() -> Template:
     loader = FileSystemLoader(Path(__file__).parent)
     env = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"duration": duration, "number": number}
+    env.filters |= {"duration": duration, "number": number, "share": share, "small": small}
     return env.get_template("report.html.jinja")
 
 
@@ -144,7 +150,9 @@ def _glance(attacked: Sequence[Record], records: Sequence[Record]) -> list[dict[
 
 def _cards(attacked: Sequence[Record], hide: Private | None) -> list[dict[str, Any]]:
     """One entry per sentence, the most leaked first, as many as the page can hold."""
-    cards = [card for record in attacked for card in _batch_cards(record, hide)]
+    # One wrong certificate leaves the others a claim, not a proof.
+    word = "certified" if evidence.counts(attacked)["certified_wrong"] else "proven"
+    cards = [card for record in attacked for card in _batch_cards(record, hide, word)]
     cards.sort(key=lambda card: -1.0 if card["score"] is None else -card["score"]["rougeL"])
     total, kept = 0, []
     for card in cards:
@@ -155,23 +163,34 @@ def _cards(attacked: Sequence[Record], hide: Private | None) -> list[dict[str, A
     return kept
 
 
-def _batch_cards(record: Record, hide: Private | None) -> list[dict[str, Any]]:
+def _batch_cards(record: Record, hide: Private | None, word: str) -> list[dict[str, Any]]:
     """Truth against reconstruction; where no truth is known, the reconstructions alone."""
-    guesses = record["predictions"]
+    guesses, proofs = record["predictions"], _proofs(record, word)
     if not record["sentences"]:
-        rows = zip(readable(record, hide)[1], guesses, strict=True)
-        found = [_tokens([(piece, "") for piece in row], guess) for row, guess in rows]
-        return [{"score": None, "batch": record.get("index"), "truth": [], "found": row} for row in found]
+        rows = zip(readable(record, hide)[1], guesses, proofs, strict=True)
+        return [
+            {"score": None, "batch": record.get("index"), "truth": [], "proof": proof, "tested": True}
+            | {"found": _tokens([(piece, "") for piece in row], guess)}
+            for row, guess, proof in rows
+        ]
     return [
         {
             "score": line.score,
             "truncated": record["sentences"][line.score["sentence"]].get("truncated"),
             "batch": record.get("index"),
+            "tested": evidence.tested(record),
+            "proof": "" if line.score["prediction"] is None else proofs[line.score["prediction"]],
             "truth": _tokens(line.truth),
             "found": [] if line.found is None else _tokens(line.found, guesses[line.score["prediction"]]),
         }
         for line in highlight(record, hide)
     ]
+
+
+def _proofs(record: Record, word: str) -> list[str]:
+    """What each prediction's certificate comes to: `word`, "certificate wrong", or nothing."""
+    pairs = zip(evidence.proven(record), evidence.contradicted(record), strict=True)
+    return ["certificate wrong" if wrong else word * sure for sure, wrong in pairs]
 
 
 def _tokens(row: Sequence[tuple[Piece, str]], guess: Record | None = None) -> list[tuple]:
@@ -216,3 +235,16 @@ def duration(seconds: float | int | None) -> str:
         return "less than 0.1 s" if 0 < seconds < 0.05 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def share(value: float | None) -> str:
+    """A share in percent, rounded down: what is not quite everything never reads 100 %."""
+    return "–" if value is None else f"{number(math.floor(1000 * min(value, 1)) / 10, 0 if value >= 1 else 1)} %"
+
+
+def small(value: float | None) -> str:
+    """A power of ten with one digit before it: `3.7·10⁻⁷`."""
+    if value is None:
+        return "–"
+    digits, power = f"{value:.1e}".split("e")
+    return f"{digits}·10{str(int(power)).translate(chart.SUPERSCRIPT)}" if value else "0"

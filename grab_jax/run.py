@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,10 +31,10 @@ from grab_jax import (
 )
 from grab_jax import folder as folders
 from grab_jax.attacks import ATTACKS
-from grab_jax.checkpoint import Checkpoints
 from grab_jax.config import Config, identity
-from grab_jax.progress import CompileClock, Display
+from grab_jax.progress import Display
 from grab_jax.types import InputError, Result
+from grab_jax.watch import Watch
 
 CLIENT, ATTACK, HEAD = 0, 1, 2
 """Purposes of the keys split from `--seed`."""
@@ -100,6 +99,7 @@ def prepare(config: Config) -> Session:
     notes: list[str] = []
     loaded = models.load(
         config.model.name,
+        task=config.model.task,
         revision=config.model.revision,
         dropout=config.client.dropout or None,
         num_labels=config.model.num_labels,
@@ -111,7 +111,7 @@ def prepare(config: Config) -> Session:
     trainable, frozen = tuning.split(params, tuning.freezes(loaded.model, config.client.frozen))
     work = plan.make(config, loaded.model, trainable, batches)
     notes += [*loaded.notes, *said]
-    if config.client.dropout == 0 and config.attack.masks == "learn":
+    if config.client.dropout == 0 and config.attack.masks == "learn" and config.attack.name == "grab":
         notes.append("the client uses no dropout, so there are no masks to learn")
     if config.attack.masks == "true" or config.attack.tokens == "true":
         notes.append("control run: the attacker is given a truth it would not have; this is not an attack")
@@ -219,49 +219,18 @@ def _attack(
 ) -> tuple[list[Result], dict[str, float]]:
     """Run or resume the attack, saving its state now and then; returns the results and seconds per client batch."""
     recipe, problems = ATTACKS[config.attack.name], [c.problem for c in clients]
-    checkpoints, clock, begin = Checkpoints(saved), CompileClock(), time.monotonic()
-    restored = None
-    if hasattr(recipe, "start"):
-        blank = recipe.start(jax.random.clone(keys), problems, config.attack)
-        restored = checkpoints.restore({"state": blank, "seconds": np.zeros(2)})
-    spent = restored["seconds"] if restored else np.zeros(2)
-    latest = {"state": None, "saved": begin, "round": -1}
-
-    def elapsed() -> np.ndarray:
-        return spent + np.array([clock.seconds, time.monotonic() - begin - clock.seconds])
-
-    def save() -> None:
-        checkpoints.save({"state": latest["state"], "seconds": elapsed()})
-        latest["saved"] = time.monotonic()
-
-    def on_segment(state, progress) -> None:
-        text = lambda: data.decode(session.tokenizer, progress.ids[0, 0])[0]  # noqa: E731
-        display.show(progress, config.attack.rounds, text)
-        if state is None:
-            return
-        latest["state"] = state
-        due = time.monotonic() - latest["saved"] > 60 * config.run.checkpoint_minutes
-        if due or int(state.round) != latest["round"] >= 0:
-            save()
-        latest["round"] = int(state.round)
-
-    if restored:
-        display.say(f"  continuing from round {int(restored['state'].round) + 1}")
+    watch = Watch(config, saved, display, lambda ids: data.decode(session.tokenizer, ids)[0])
     try:
-        results = recipe.attack(
-            keys,
-            problems,
-            config.attack,
-            state=restored["state"] if restored else None,
-            on_segment=on_segment,
-        )
+        state = None
+        if hasattr(recipe, "start"):
+            state = watch.restore(recipe.start(jax.random.clone(keys), problems, config.attack))
+        results = recipe.attack(keys, problems, config.attack, state=state, on_segment=watch)
     except KeyboardInterrupt:
-        if latest["state"] is not None:
-            save()
+        watch.save()
         raise
     finally:
-        checkpoints.close()
-    compiled, attacked = elapsed() / len(problems)
+        watch.close()
+    compiled, attacked = watch.elapsed() / len(problems)
     return results, {"compile": float(compiled), "attack": float(attacked)}
 
 

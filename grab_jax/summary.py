@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from grab_jax import metrics
+from grab_jax import evidence, metrics
 from grab_jax.metrics import KINDS
 
 SCHEMA = "grab_jax.summary/1"
@@ -28,13 +28,14 @@ BASELINE_BATCHES = 8  # other batches each batch is compared with, at most
 def summarise(records: Iterable[Mapping[str, Any]], run: Mapping[str, Any]) -> dict[str, Any]:
     """The content of `summary.json`: scores in percent, spans in tokens, costs in seconds, null if unknown.
 
-    Control records count for the baseline only. `outcome` is one of `LEAK`, `NO_LEAK`, `NOT_TESTABLE`.
+    Control records count for the baseline only. `outcome` is one of `LEAK`, `NO_LEAK`, `NOT_TESTABLE`. `certified` of
+    `certified_of` reconstructions are proven by a certificate, and `certified_wrong` of them are not true all the same
+    (`evidence.counts`).
     """
     records, seed = list(records), int(run.get("seed") or 0)
     attacked, _ = _split(records)
     rows = [row for record in attacked for row in score_batch(record)]
-    bases = sentence_baselines(records)
-    outcome, reason = _outcome(attacked, rows, bases, seed)
+    outcome, reason = _outcome(records, rows, seed)
     masks = [value for r in attacked if (value := metrics.known((r.get("masks") or {}).get("mean"))) is not None]
     summary = {
         "schema": SCHEMA,
@@ -43,6 +44,7 @@ def summarise(records: Iterable[Mapping[str, Any]], run: Mapping[str, Any]) -> d
         "reason": reason,
         "n_sentences": len(rows),
         "n_batches": len(attacked),
+        **evidence.counts(attacked),
         **_scores(rows, seed),
         "baseline": baseline(records),
         "masks_auc": _mean(masks),
@@ -75,23 +77,62 @@ def _scores(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     }
 
 
-def _outcome(attacked: list, rows: list, bases: list, seed: int) -> tuple[str, str]:
-    """Outcome and its reason; an exact recovery counts even where the losses are broken."""
+def _outcome(records: Sequence[Mapping[str, Any]], rows: list, seed: int) -> tuple[str, str]:
+    """Outcome and its reason, for the batches that the attack could test."""
+    attacked, controls = _split(records)
+    tested = [record for record in attacked if evidence.tested(record)]
     if not attacked:
         return NOT_TESTABLE, "No client batch was attacked."
+    if not tested:
+        return NOT_TESTABLE, evidence.why_untested(attacked)
+    outcome, reason = _tested(tested, controls, rows, seed)
+    return outcome, " ".join([reason, *evidence.remarks(attacked)])
+
+
+def _tested(tested: list, controls: list, rows: list, seed: int) -> tuple[str, str]:
+    """Proofs first, then words against chance; an exact recovery counts even where the losses are broken."""
+    counts = evidence.counts(tested)
+    certified = counts["certified"] if not counts["certified_wrong"] else None
+    if not rows and certified:
+        verb = "is proven by its certificate" if certified == 1 else "are proven by their certificates"
+        found = _count(counts["certified_of"], "reconstruction")
+        return LEAK, f"{certified} of {found} {verb}; there is no true sentence to compare with."
     if not rows:
         return NOT_TESTABLE, "The records hold no true sentence to compare the reconstructions with."
-    exact = [row for row in rows if row["exact"] and row["tokens"] >= NON_TRIVIAL]
+    exact = [row for row in rows if row["exact"] and (row["tokens"] >= NON_TRIVIAL or (certified and row["proven"]))]
     if exact:
-        longest = max(row["tokens"] for row in exact)
-        verb = "was" if len(exact) == 1 else "were"
+        return LEAK, _verbatim(exact, len(rows), certified) + evidence.unused(tested)
+    if not any(evidence.of(record) or metrics.known(record.get("loss")) is not None for record in tested):
+        return NOT_TESTABLE, f"The loss was not finite in any of {_count(len(tested), 'attacked batch')}."
+    scored = [row for record in tested for row in score_batch(record)]
+    outcome, reason = _difference(scored, sentence_baselines([*tested, *controls]), seed)
+    sure, telling, total = evidence.loose_rows(tested)
+    if outcome == NO_LEAK and telling >= NON_TRIVIAL and not counts["certified_wrong"]:
         return LEAK, (
-            f"{len(exact)} of {_count(len(rows), 'sentence')} {verb} recovered word for word, "
-            f"the longest with {longest} tokens."
+            f"No sentence was recovered word for word, but {sure} of the {total} input rows were found and certified, "
+            "each of them a token with its position."
         )
-    if not any(metrics.known(record.get("loss")) is not None for record in attacked):
-        return NOT_TESTABLE, f"The loss was not finite in any of {_count(len(attacked), 'attacked batch')}."
-    return _difference(rows, bases, seed)
+    return outcome, reason
+
+
+def _verbatim(exact: list, n: int, certified: int | None) -> str:
+    """The sentence on exact recoveries; `certified` is None where no certificate is worth telling."""
+    longest = max(row["tokens"] for row in exact)
+    text = f"{len(exact)} of {_count(n, 'sentence')} {'was' if len(exact) == 1 else 'were'} recovered word for word"
+    if certified is None:
+        return f"{text}, the longest with {longest} tokens."
+    proofs = _proven(sum(row["proven"] for row in exact), len(exact))
+    return f"{text}, {proofs}; the longest has {longest} tokens."
+
+
+def _proven(certified: int, n: int) -> str:
+    """How many of n sentences carry a certificate."""
+    if n == 1:
+        return "proven by its certificate" if certified else "though without a certificate"
+    if not certified:
+        return "none of them proven by a certificate"
+    whose = "its certificate" if certified == 1 else "their certificates"
+    return f"{'all' if certified == n else certified} of them proven by {whose}"
 
 
 def _difference(rows: list, bases: list, seed: int) -> tuple[str, str]:
@@ -113,12 +154,12 @@ def score_batch(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Keys: `batch` and `sentence` (indices), `prediction` (index or None), `tokens` (count), `rouge1`, `rouge2`
     and `rougeL` (one-to-one), `paper` (dict of the three), `exact` (bool), `token_accuracy`, `longest_span`
-    (tokens).
+    (tokens), `proven` (bool: its prediction is certified, and not against the truth).
     """
     sentences, predictions = record["sentences"], record["predictions"]
     references, found = [s["text"] for s in sentences], [p["text"] for p in predictions]
     matched = zip(metrics.match_one_to_one(references, found), metrics.match_paper(references, found), strict=True)
-    rows = []
+    rows, proven, wrong = [], evidence.proven(record), evidence.contradicted(record)
     for i, (j, paper) in enumerate(matched):
         truth, tokens = sentences[i]["tokens"], [] if j is None else predictions[j]["tokens"]
         rows.append(
@@ -127,6 +168,7 @@ def score_batch(record: Mapping[str, Any]) -> list[dict[str, Any]]:
             | {"paper": paper, "exact": j is not None and metrics.exact_match(truth, tokens)}
             | {"token_accuracy": metrics.token_accuracy(truth, tokens)}
             | {"longest_span": metrics.longest_span(truth, tokens)}
+            | {"proven": j is not None and proven[j] and not wrong[j]}
         )
     return rows
 
@@ -144,7 +186,11 @@ def sentence_baselines(records: Sequence[Mapping[str, Any]]) -> list[dict[str, f
     rows: list[dict[str, float] | None] = []
     for i, record in enumerate(attacked):
         others = (attacked[i + 1 :] + attacked[:i])[:BASELINE_BATCHES] + controls
-        texts = [[p["text"] for p in other["predictions"]] for other in others if other["predictions"]]
+        texts = [
+            [p["text"] for p in other["predictions"]]
+            for other in others
+            if other["predictions"] and evidence.tested(other)
+        ]
         rows += _foreign([s["text"] for s in record["sentences"]], texts)
     return rows
 

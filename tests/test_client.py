@@ -189,3 +189,21 @@ def test_masks_padding_and_embeddings_as_input(loaded, golden, simulate):
     flipped = simulate(*parts, ids, attention, labels, {name: 1 - mask for name, mask in short.items()})
     kernel = next(path for path in update if path.endswith("/kernel"))
     assert np.linalg.norm(flipped[kernel] - update[kernel]) > 0.1 * np.linalg.norm(update[kernel])
+
+
+def test_a_causal_lm_client_predicts_the_next_token():
+    """Its gradient is that of the mean log loss of the real targets, by hand; labels do not enter."""
+    loaded = models.load(str(goldens.HERE / "gpt2-causal_lm"), task="causal_lm")
+    trainable, frozen = tuning.split(loaded.params, tuning.freezes(loaded.model, "embeddings"))
+    ids = jnp.array([[5, 9, 11, 7], [8, 6, 0, 0]])
+    attention = jnp.array([[True] * 4, [True, True, False, False]])
+
+    def mean_loss(trained):
+        logits = loaded.model.apply(tuning.merge(trained, frozen), ids, attention)
+        picked = [jax.nn.log_softmax(logits[b, t])[ids[b, t + 1]] for b, t in ((0, 0), (0, 1), (0, 2), (1, 0))]
+        return -sum(picked) / 4
+
+    expected = jax.grad(mean_loss)(trainable)
+    found = client.fedsgd(loaded.model)(trainable, frozen, ids, attention, jnp.zeros((2, 3)))
+    for path, value in expected.items():
+        np.testing.assert_allclose(found[path], value, atol=1e-6, err_msg=path)

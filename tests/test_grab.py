@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from goldens import golden as goldens
 
-from grab_jax import client, models, simulate, tuning
+from grab_jax import client, distances, matching, models, simulate, tuning
 from grab_jax.attacks import grab, programs
 from grab_jax.config import AttackConfig, ClientConfig, Config, KnownConfig
 from grab_jax.data import ClientBatch, Sentence
@@ -27,7 +27,8 @@ EASY = (((10, 20, 30),), ((33, 22, 11),), ((51, 8, 17),))
 HARD = ((10, 20, 30, 40, 12),)
 TWO = ((10, 20, 30, 40), (15, 25))
 HOST_ONLY = {
-    "rounds": 1, "restarts": 1, "beam": 1, "sweeps": 1, "tokens": "search", "masks": "learn", "mask_start": 0.0
+    "rounds": 1, "restarts": 1, "beam": 1, "sweeps": 1, "tokens": "search", "masks": "learn", "mask_start": 0.0,
+    "score_masks": "learned",
 }  # fmt: skip
 
 
@@ -192,6 +193,16 @@ def test_the_loss_is_that_of_the_returned_tokens_under_the_returned_masks(droppe
     expected = sum(np.sqrt((gap**2).sum()) + 0.01 * np.abs(gap).sum() for gap in gaps)
     np.testing.assert_allclose(result.loss, expected, rtol=1e-3)
     assert result.loss == min(stages(result, "tokens")[-1], stages(result, "discrete")[-1])
+
+
+def test_tokens_may_be_scored_without_masks(dropped):
+    """The loss is then that of the returned tokens in evaluation mode, and differs from that under the masks."""
+    (result,) = solve(dropped, config=replace(FAST, rounds=1, score_masks="off"))
+    problem = dropped.problem
+    score = matching.token_objective(problem.model, distances.by_name("l2+l1"), PAD)
+    rest = (problem.trainable, problem.frozen, problem.observed, problem.known)
+    assert result.loss == pytest.approx(float(score(jnp.asarray(result.ids), None, None, *rest)), rel=1e-4)
+    assert result.loss != pytest.approx(float(score(jnp.asarray(result.ids), result.masks, None, *rest)), rel=1e-2)
 
 
 def test_pinned_positions_hold_their_tokens_and_pools_no_special_ones(dropped, learnt):

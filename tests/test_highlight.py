@@ -2,7 +2,7 @@
 
 import re
 
-from fake_run import SECRET, record
+from fake_run import SECRET, record, span
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +27,12 @@ def test_terminal_by_hand():
     assert "legend: right   ~right token, wrong place~   !wrong!   _missing_" in text
 
 
+def test_terminal_says_what_is_proven():
+    assert "6 of 6 tokens in place, proven\n" in terminal(span(), colour=False)
+    assert "proven" not in terminal(span(certified=[False]), colour=False)
+    assert "proven" not in terminal(span(founds=["the cat sat on the rug"]), colour=False)  # certified, and wrong
+
+
 def test_terminal_with_colour_keeps_the_marks():
     text = terminal(record(), colour=True)
     assert re.sub(r"\x1b\[[\d;]*m", "", text) == terminal(record(), colour=False)
@@ -35,6 +41,7 @@ def test_terminal_with_colour_keeps_the_marks():
 
 def test_terminal_without_prediction_and_redacted():
     assert "(nothing)" in terminal(record(founds=[]), colour=False)
+    assert "(nothing)" in terminal(record(founds=[""]), colour=False)
     text = terminal(SECRET, colour=False, redact=True)
     assert "lop" not in text
     assert "[name]" in text

@@ -92,6 +92,10 @@ def own(found):
     [
         ("search/", {"models", "attacks", "client", "matching", "losses", "tuning", "config", "simulate"} | EDGE),
         ("attacks/", {"simulate", "metrics"} | EDGE),
+        (
+            "span/",
+            {"models", "attacks", "search", "client", "matching", "losses", "tuning", "config", "simulate"} | EDGE,
+        ),
         ("models/", {"attacks", "search", "client", "matching", "distances", "config", "simulate"} | EDGE),
     ],
 )
@@ -115,6 +119,16 @@ def test_lower_layers_do_not_know_higher_ones(folder, forbidden):
 )
 def test_pure_modules_rest_on_those_below_them(module, allowed):
     assert own(MODULES[module]) <= allowed
+
+
+def test_span_decoding_meets_models_in_one_module_only():
+    """`span` is arrays only; `models.first_attention` describes a model to it, for the recipe `attacks.span`."""
+    assert inside("span/")
+    assert all(own(found) <= {"span"} for found in inside("span/").values())
+    assert importers("grab_jax.models.first_attention") == {"attacks/span"}
+    assert {module for module in importers("grab_jax.span") if module.startswith("models/")} == {
+        "models/first_attention"
+    }
 
 
 def test_reports_and_metrics_need_no_jax():

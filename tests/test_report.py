@@ -5,7 +5,7 @@ import re
 import stat
 
 import pytest
-from fake_run import RUN, SECRET, record, sentence
+from fake_run import RUN, SECRET, barred, proofs, record, sentence, span
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -277,3 +277,120 @@ def test_duration():
     assert [report.duration(s) for s in (None, 0.0, 0.004, 4.21, 59.99, 750, 11_100)] == [
         "–", "0.0 s", "less than 0.1 s", "4.2 s", "1 min 00 s", "12 min 30 s", "3 h 05 min",
     ]  # fmt: skip
+
+
+def test_share_and_small():
+    assert [report.share(v) for v in (None, 1.0, 0.99999, 0.98)] == ["–", "100 %", "99.9 %", "98.0 %"]
+    assert [report.small(v) for v in (None, 0.0, 3.72e-7, 0.04, 1.0)] == ["–", "0", "3.7·10⁻⁷", "4.0·10⁻²", "1.0·10⁰"]
+
+
+# --- evidence -------------------------------------------------------------------------------------------------
+
+
+def cards(html):
+    return re.findall(r'<article class="card">(.*?)</article>', html, flags=re.S)
+
+
+def tags(card):
+    return re.findall(r'<strong class="tag">(.*?)</strong>', card)
+
+
+def test_certified_cards_are_tagged(folder):
+    texts = ("the cat sat on the mat", "a dog ran off", "birds sing at dawn")
+    html = page(folder([span(0, texts, certified=[True, False, True])]))
+    assert [tags(card) for card in cards(html)] == [["verbatim", "proven"], ["verbatim"], ["verbatim", "proven"]]
+    assert "2 proven" in shown(html)
+
+
+def test_a_wrong_certificate_leaves_nothing_proven(folder):
+    texts = ("the cat sat on the mat", "birds sing at dawn")
+    html = page(folder([span(0, texts, (texts[0], "birds sing at dusk"))]))
+    assert [tags(card) for card in cards(html)] == [["verbatim", "certified"], ["certificate wrong"]]
+    assert "proven" not in shown(html)
+    assert "no certificate of this run can be relied on" in shown(html)
+
+
+def test_certified_reconstructions_without_truth_are_tagged(folder):
+    html = page(folder([span(0, (), ("some words here", "more words"), certified=[True, False])]))
+    assert [">proven<" in card for card in cards(html)] == [True, False]
+
+
+def test_evidence_is_explained_and_tabled(folder):
+    found = proofs([True, False], rows=11, gap_rank=10)
+    html = page(folder([span(3, ("a b c d", "e f g h"), evidence=found), barred(4)]))
+    text = shown(html)
+    assert "What proves it" in text
+    assert "either exactly kept or exactly zero" in text
+    assert "3 11 of 12 (largest drop at 10) 384 100 % 1 of 2 2.0·10⁻⁷" in text
+    assert "4 of at least 384 384 not testable" in text
+    assert "Singular values" in text
+    assert "12 to at least 384 here" in text
+    for part in ("How the attack converged", "How well the update was matched"):
+        assert part not in text
+
+
+def test_an_untested_run_shows_no_scores(folder):
+    text = shown(page(folder([barred(), barred(1)])))
+    assert "Not testable by span decoding: 400 tokens or more &gt;= width 384." in text
+    assert "What would prove it" in text
+    for part in ("Recovered verbatim", "What was recovered", "ROUGE-L 0"):
+        assert part not in text, part
+    assert "Singular values" in text
+
+
+def test_untested_batches_beside_tested_ones_are_marked(folder):
+    html = page(folder([span(), barred(1)]))
+    assert ["not tested" in card for card in cards(html)] == [False, True]
+    assert "nothing" not in shown(html).split("What would")[0]
+
+
+def test_evidence_without_dropout_reads_otherwise(folder):
+    found = proofs()
+    found["rows"][0]["certificate"] = 1 - 3e-7
+    run = RUN | {"config": {"client": {"dropout": 0.0}}}
+    text = shown(page(folder([span(evidence=found)], run)))
+    assert "exactly zero" not in text
+    assert "farthest row from the space" in text
+    assert "3.0·10⁻⁷" in text
+
+
+def test_no_evidence_no_section(folder):
+    text = shown(page(folder([record(evidence=None)])))
+    assert "What proves it" not in text
+    assert "Singular values" not in text
+    assert "proven" not in text
+
+
+@pytest.mark.parametrize("missing", ["spectrum", "rows", "sentences", "rank", "gap_rank", "width", "floor"])
+def test_parts_of_the_evidence_may_be_missing(folder, missing):
+    found = proofs()
+    del found[missing]
+    with_it = span()
+    with_it["evidence"] = found
+    html = page(folder([with_it]))
+    assert re.search("What (proves|would prove) it", html)
+    assert not re.search(r"\bnan\b", shown(html).lower())
+
+
+def test_many_batches_fold(folder):
+    html = page(folder([span(k) for k in range(30)]))
+    assert "6 more batches" in shown(html)
+    assert html.count('<path class="values many"') == 30
+
+
+def test_private_words_stay_hidden_beside_evidence(folder):
+    secret = SECRET | {"evidence": proofs([True])}
+    html = page(folder([secret]))
+    for word in ("lopez", "maria", "1984", "clinic"):
+        assert word not in html.lower()
+    assert "2999" not in html  # token ids of the rows
+    assert "3000" not in html
+
+
+def test_advice_for_span_decoding_fills_the_batch(folder):
+    where = folder([span(evidence=proofs(rank=40)), span(1, evidence=proofs(rank=32))])
+    dropout, larger, _ = commands(page(where))
+    assert dropout.endswith("--client_dropout=0.3")
+    assert larger.endswith("--batch_size=24")  # 2 sentences, 40 rows: 1.2 times 384 rows
+    assert "384, against at most 40 here" in shown(page(where))
+    assert len(commands(page(folder([barred()])))) == 2  # a batch that is full needs no filling

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from goldens import golden as goldens
 from jax.experimental.compilation_cache import compilation_cache
@@ -27,6 +28,7 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 from grab_jax import dry_run, main, models, run
+from grab_jax.types import Batch
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the a cat dog man sat ran saw on in red old mat hat box big ##s ##ed ##ing . ,"
@@ -258,6 +260,29 @@ def test_dry_run(small, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+SPAN = ["--model=builtin:bert-mini", "--data=builtin", "--attack=span", "--num_batches=2", "--dry_run"]
+
+
+def test_dry_run_of_span_decoding():
+    """It has no rounds, no candidates and no timed score; what counts is tokens against the width."""
+    said = dry_run.describe(parse(*SPAN, "--batch_size=2"))
+    for part in ("span: exact decoding", "fewer than the width 256: testable", "2 x [2, ", "GiB", "bucket of tokens"):
+        assert part in said, said
+    for part in ("rounds", "candidate", "masks learn", "steps"):
+        assert part not in said, said
+    many = dry_run.describe(parse(*SPAN, "--batch_size=40"))
+    assert "2 of 2 batches not testable: the width 256 or more\n" in many
+    assert "no batch is testable" in many
+
+
+def test_rows_of_a_batch():
+    """Tokens; without dropout, equal tokens at one position count once, and padding never."""
+    ids, real = [[2, 7, 7, 3], [2, 7, 3, 0]], [[1, 1, 1, 1], [1, 1, 1, 0]]
+    batch = Batch(np.array(ids), np.array(real, bool), np.array([0, 1]))
+    assert dry_run.rows(batch, dropout=True) == 7
+    assert dry_run.rows(batch, dropout=False) == 5
+
+
 @pytest.mark.parametrize("model", ["builtin:bert-mini", "builtin:gpt2-mini"])
 def test_builtin_models_are_planned(model):
     session = run.prepare(parse(f"--model={model}"))
@@ -388,6 +413,9 @@ def spoiled(bert, tmp_path):
         ("--data=no-such-owner/no-such-set", ("no-such-owner/no-such-set", "could not be loaded")),
         ("--data_start=9999", ("--data_start=9999",)),
         ("--num_batches=9999", ("--num_batches", "need 9999")),
+        ("--data_shuffle=-1", ("--data_shuffle=-1", "0 or more")),
+        ("--model=builtin:gpt2-mini --model_task=causal_lm", ("--model_task=classification", "--attack=span")),
+        ("--attack=span --model=builtin:bert-mini --model_task=causal_lm", ("causal_lm", "not supported")),
         ("--attack_rounds=0", ("--attack_rounds=0",)),
         ("--client_dropout=1.5", ("--client_dropout=1.5",)),
         ("--mode=report", ("--run_dir",)),

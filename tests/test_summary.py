@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from fake_run import barred, proofs, span
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +25,7 @@ def record(truths, founds, *, index=0, control=False, loss=0.1, **more):
     return base | {"sentences": sentences, "predictions": predictions, "cosine": {}, "seconds": seconds} | more
 
 
+@settings(deadline=None)
 @given(st.lists(texts, max_size=4), st.lists(texts, max_size=4))
 def test_one_to_one_never_beats_paper(references, predictions):
     for row in summary.score_batch(record(references, predictions)):
@@ -40,7 +42,7 @@ def test_score_batch_by_hand():
     assert rows[0]["longest_span"] == rows[0]["tokens"] == 4
     assert rows[1] | {"paper": None} == {
         "batch": 7, "sentence": 1, "prediction": 0, "tokens": 2, "rouge1": 50.0, "rouge2": 0.0, "rougeL": 50.0,
-        "paper": None, "exact": False, "token_accuracy": 50.0, "longest_span": 1,
+        "paper": None, "exact": False, "token_accuracy": 50.0, "longest_span": 1, "proven": False,
     }  # fmt: skip
 
 
@@ -141,6 +143,138 @@ def test_the_same_wrong_answer_for_all_is_no_leak():
     truths = ["the cat sat on a mat", "the dog sat on a log", "the man sat on a hat"]
     records = [record([t], ["the sat on a"], index=k) for k, t in enumerate(truths)]
     assert outcome(records) == summary.NO_LEAK
+
+
+# --- attacks that prove what they find ------------------------------------------------------------------------
+
+
+def verdict(records):
+    found = summary.summarise(records, RUN)
+    no_nan(json.dumps(found))
+    return found["outcome"], found["reason"]
+
+
+def counted(records):
+    found = summary.summarise(records, RUN)
+    return [found[key] for key in ("certified", "certified_of", "certified_wrong")]
+
+
+TEXTS = ("the cat sat on the mat", "a dog ran off")
+
+
+def test_certified_sentences_are_counted():
+    assert counted([span(0, TEXTS), span(1, TEXTS, certified=[True, False])]) == [3, 4, 0]
+    assert counted([record(["a b"], ["a b"])]) == [None, None, None]
+    assert counted([span(0, (), TEXTS)]) == [2, 2, None]  # no truth to compare with
+
+
+def test_certificates_against_the_truth_one_to_one():
+    assert counted([span(0, TEXTS, [TEXTS[0], "a dog ran on"])]) == [2, 2, 1]
+    assert counted([span(0, TEXTS, [TEXTS[0], TEXTS[0]])]) == [2, 2, 1]  # the batch holds it once
+    assert counted([span(0, (TEXTS[0], TEXTS[0]), [TEXTS[0], TEXTS[0]])]) == [2, 2, 0]
+    assert counted([span(0, TEXTS, ["x", "y"], certified=[False, False])]) == [0, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("certified", "part"),
+    [
+        ([True, True], "2 of 2 sentences were recovered word for word, all of them proven by their certificates;"),
+        ([True, False], "recovered word for word, 1 of them proven by its certificate;"),
+        ([False, False], "recovered word for word, none of them proven by a certificate;"),
+    ],
+)
+def test_the_reason_tells_how_many_are_proven(certified, part):
+    outcome, reason = verdict([span(0, TEXTS, certified=certified)])
+    assert outcome == summary.LEAK
+    assert part in reason
+    assert reason.endswith("the longest has 6 tokens.")
+
+
+def test_one_sentence_proven():
+    (_, reason) = verdict([span()])
+    assert "was recovered word for word, proven by its certificate;" in reason
+
+
+def test_a_proven_sentence_counts_however_short():
+    assert verdict([span(0, ("a b c",))])[1].startswith("1 of 1 sentence was recovered word for word, proven")
+    assert verdict([span(0, ("a b c",), certified=[False])])[1].startswith("ROUGE-L")
+
+
+def test_a_wrong_certificate_is_told_and_trusted_no_more():
+    outcome, reason = verdict([span(0, TEXTS, [TEXTS[0], "a dog ran on"])])
+    assert outcome == summary.LEAK  # one sentence is word for word right, whatever proves it
+    assert "proven" not in reason
+    assert "Warning: 1 certified reconstruction differs from the truth" in reason
+
+
+def test_proofs_without_a_truth_are_a_leak():
+    assert verdict([span(0, (), TEXTS)]) == (
+        summary.LEAK,
+        "2 of 2 reconstructions are proven by their certificates; there is no true sentence to compare with.",
+    )
+    assert verdict([span(0, (), TEXTS, certified=[False, False])])[0] == summary.NOT_TESTABLE
+
+
+def test_every_batch_too_wide():
+    text = "Not testable by span decoding: 400 tokens or more >= width 384"
+    assert verdict([barred(), barred(1)]) == (summary.NOT_TESTABLE, f"{text}.")
+    other = barred(1, reason="not testable by span decoding: 390 tokens or more >= width 384")
+    assert verdict([barred(), other])[1] == f"{text}, and the like in 2 batches."
+
+
+def test_no_row_found():
+    none = proofs((), rows=0, rank=20)
+    blind = [span(i, founds=[""], evidence=none) for i in range(2)]
+    reason = "None of the 40 input rows was found: "
+    reason += "the dropout rate, the weights or the embeddings assumed are not the client's."
+    assert verdict(blind) == (summary.NOT_TESTABLE, reason)
+    assert verdict([blind[0], barred()])[1] == reason.replace("40", "20")
+
+
+def test_some_batches_too_wide():
+    outcome, reason = verdict([span(0, TEXTS), barred(1), span(2, founds=[""], evidence=proofs((), rows=0))])
+    assert outcome == summary.LEAK
+    assert reason.startswith("2 of 4 sentences were recovered")
+    assert "1 of 3 batches was not testable: 400 tokens or more >= width 384." in reason
+    assert reason.endswith("1 of 3 batches was not testable: none of the input rows was found.")
+
+
+def test_an_untested_batch_counts_neither_for_nor_against():
+    # 12.5 points per right word, as above: four blank answers of untested batches would pull the mean below 20
+    found = [b | {"evidence": proofs([False], rows=3), "index": k} for k, b in enumerate(batches(2, 2))]
+    assert verdict([*found, *(barred(k) for k in range(2, 6))])[0] == summary.LEAK
+    # and blank answers are no baseline: without another one, 30 points are granted to chance
+    assert verdict([found[0], barred(1)])[0] == summary.NO_LEAK
+
+
+def test_rows_without_a_sentence_are_a_leak():
+    loose = proofs((), rows=11)
+    outcome, reason = verdict([span(0, founds=[""], evidence=loose)])
+    assert outcome == summary.LEAK
+    assert "11 of the 12 input rows were found and certified" in reason
+
+
+def test_rows_left_over_beside_whole_sentences_are_told():
+    found = proofs([True])
+    assert "further" not in verdict([span(evidence=found)])[1]
+    found["rows"][4]["used"] = False
+    assert verdict([span(evidence=found)])[1].endswith(
+        " 1 further input row, a token with its position, was found without the sentence around it."
+    )
+    found["rows"][5]["used"] = False
+    assert " 2 further input rows" in verdict([span(evidence=found)])[1]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        proofs((), rows=5),  # with [CLS] and [SEP], only three words
+        proofs((), rows=11, width=40),  # so few coordinates to spare that chance may pass
+        proofs(()) | {"rows": [{"position": 0, "token": 1, "certificate": 0.9}] * 11},
+    ],
+)
+def test_few_or_weak_rows_are_none(rows):
+    assert verdict([span(0, founds=[""], evidence=rows)])[0] == summary.NO_LEAK
 
 
 @settings(max_examples=25, deadline=None)

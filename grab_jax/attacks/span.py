@@ -2,6 +2,7 @@
 
 Needs a FedSGD gradient of the query, key and value kernels, the weights, the embedding tables and the dropout rate;
 neither labels nor lengths nor the batch size. It works while the batch holds fewer tokens than the model is wide.
+Under a next-token loss a sentence's last token has no gradient (`evidence["open_end"]`): every sentence lacks it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from grab_jax import tuning
 from grab_jax.attacks.grab import OnSegment, Progress
 from grab_jax.config import AttackConfig
 from grab_jax.models import first_attention
@@ -76,7 +76,7 @@ def recover(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> Re
 def not_testable(found: subspace.Spectrum, width: int) -> str | None:
     """Why this update tells nothing here, or None."""
     if found.rank >= width:
-        return f"not testable by span decoding: at least {found.rank} tokens >= width {width}"
+        return f"not testable by span decoding: {found.rank} tokens or more >= width {width}"
     if found.rank == 0:
         return "not testable by span decoding: the first attention layer's gradient is zero or not finite"
     return None
@@ -129,6 +129,10 @@ def _result(problem: Problem, found: subspace.Spectrum, rows: list[Row], sentenc
     proven = [certified(sentence, rows, problem) for sentence in sentences]
     used = {i for sentence in sentences for i in sentence.rows}
     notes = []
+    if problem.model.task == "causal_lm":
+        notes.append(
+            "no target follows a sentence's last token, so it has no gradient and is missing from every sentence"
+        )
     if len(rows) < found.rank:
         notes.append(f"{found.rank - len(rows)} of {found.rank} input rows were not found")
     if len(used) < len(rows):
@@ -161,6 +165,7 @@ def _nothing(problem: Problem, found: subspace.Spectrum, reason: str) -> Result:
 def _evidence(found: subspace.Spectrum, problem: Problem) -> dict[str, Any]:
     return {
         "width": problem.model.width,
+        "open_end": problem.model.task == "causal_lm",
         "rank": found.rank,
         "gap_rank": found.gap_rank,
         "floor": found.floor,

@@ -87,7 +87,7 @@ def assemble(matrix: Float[np.ndarray, "n m"], positions: Int[np.ndarray, " n"])
       matrix: rows `vec(T_i)`.
       positions: of the rows; each row at position 0 starts a sentence.
     """
-    n, roots = len(matrix), np.flatnonzero(positions == 0)
+    roots = np.flatnonzero(positions == 0)
     values, vectors = np.linalg.eigh(matrix @ matrix.T)
     singular = np.sqrt(np.maximum(values, 0))
     if not len(roots):
@@ -124,11 +124,18 @@ class Shared(NamedTuple):
 
     shared: tuple[int, ...]
     sentences: list[Sentence]
+    nullity: int
+    next_singular: float
 
     @property
     def explained(self) -> set[int]:
         """Rows that belong to a sentence that is whole."""
         return {row for sentence in self.sentences for row in sentence.rows}
+
+    @property
+    def merit(self) -> tuple[int, int, float]:
+        """More rows explained, then more null vectors, then a smaller singular value next to them."""
+        return len(self.explained), self.nullity, -self.next_singular
 
 
 def assemble_merged(
@@ -140,12 +147,14 @@ def assemble_merged(
     sep: int | None,
     null: float = 2e-5,
     whole: float = 1e-4,
+    patience: int = 4,
 ) -> list[Sentence]:
     """Sentences of rows of which some are shared (dropout off); the number of sentences is not given.
 
     Candidates for shared rows are taken in order of likelihood (position 0, [SEP], then low token ids, which tokenizers
     give to frequent tokens), more and more of them, until every row belongs to a whole sentence; then greedily the
-    row that explains most. Only whole sentences are returned: positions 0..n-1 once each, residual below `whole`.
+    row that explains most, until `patience` additions in a row explain nothing more. Only whole sentences are
+    returned: positions 0..n-1 once each, residual below `whole`.
     """
     problem = _Merged(equations(p), p.query, p.key, positions, tokens, cls, sep, null, whole)
     order = sorted(range(len(tokens)), key=lambda i: (positions[i] != 0, tokens[i] != sep, tokens[i]))
@@ -154,13 +163,15 @@ def assemble_merged(
     for size in (1, 4, 8, 12, 16, 20, 24, 32, 48):
         if len(best.explained) == len(tokens) or size > min(most, len(tokens) - 1):
             break
-        best = max(best, problem.solve(tuple(order[:size])), key=lambda s: len(s.explained))
-    while len(best.explained) < len(tokens) and len(best.shared) < most:
-        open_rows = [i for i in range(len(tokens)) if i not in best.explained and i not in best.shared]
-        found = max((problem.solve((*best.shared, i)) for i in open_rows), key=lambda s: len(s.explained), default=best)
-        if len(found.explained) <= len(best.explained):
+        best = max(best, problem.solve(tuple(order[:size])), key=lambda s: s.merit)
+    last, stale = best, 0
+    while len(best.explained) < len(tokens) and len(last.shared) < most and stale < patience:
+        open_rows = [i for i in range(len(tokens)) if i not in best.explained and i not in last.shared]
+        if not open_rows:
             break
-        best = found
+        last = max((problem.solve((*last.shared, i)) for i in open_rows), key=lambda s: s.merit)
+        stale = 0 if len(last.explained) > len(best.explained) else stale + 1
+        best = max(best, last, key=lambda s: s.merit[:1])
     return best.sentences
 
 
@@ -181,12 +192,14 @@ class _Merged(NamedTuple):
         """Private parts from the null space, then which shared rows complete each of them."""
         private = np.array([i for i in range(len(self.tokens)) if i not in shared])
         if not len(private):
-            return Shared(shared, [])
+            return Shared(shared, [], 0, 0.0)
         flat = self._project(self.matrices[private], shared).reshape(len(private), -1)
         values, vectors = np.linalg.eigh(flat @ flat.T)
-        space = vectors[:, np.sqrt(np.maximum(values, 0)) < self.null]
-        sentences = [self._complete(private[group], shared) for group in _parallel(space)]
-        return Shared(shared, [s for s in sentences if s is not None])
+        singular = np.sqrt(np.maximum(values, 0))
+        nullity = int((singular < self.null).sum())
+        sentences = [self._complete(private[group], shared) for group in _parallel(vectors[:, :nullity])]
+        after = float(singular[nullity]) if nullity < len(singular) else 0.0
+        return Shared(shared, [s for s in sentences if s is not None], nullity, after)
 
     def _project(self, matrices: np.ndarray, shared: Sequence[int]) -> np.ndarray:
         if not len(shared):

@@ -347,7 +347,9 @@ def _gaps(search: Search, generator: np.random.Generator, notify, draws: int = 2
         goal, pairs = jnp.asarray(direction, jnp.float32), []
         for some in positions:
             _, tokens = scan(search.first, scale, search.space.padded, some, goal, iterations=10, best=8)
-            pairs += zip(np.repeat(some, tokens.shape[1]).tolist(), np.asarray(tokens).reshape(-1).tolist(), strict=True)
+            pairs += zip(
+                np.repeat(some, tokens.shape[1]).tolist(), np.asarray(tokens).reshape(-1).tolist(), strict=True
+            )
         where, what = (np.repeat(column, trials) for column in np.array(sorted(set(pairs))).T)
         found += _commit(search, what, where, generator)
         notify(len(search.rows), search.space.inputs.shape[1])

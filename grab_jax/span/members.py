@@ -39,10 +39,11 @@ def members(
         rows = inputs64(first, tokens, position)
         away = np.linalg.norm(rows - rows @ basis @ basis.T, axis=1) / np.linalg.norm(rows, axis=1)
         close += [(float(a), position, int(t), row) for a, t, row in zip(away, tokens, rows, strict=True)]
-        notify(min(sum(c[0] < FAR for c in close), basis.shape[1]), basis.shape[1])
         if position > 2 and min(c[0] for c in close[-2 * KEEP :]) > FAR:
             break
-    return _independent(sorted(close, key=lambda c: c[0]), basis)
+    found = _independent(sorted(close, key=lambda c: c[0]), basis)
+    notify(len(found), basis.shape[1])
+    return found
 
 
 def inputs64(

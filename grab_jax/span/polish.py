@@ -16,7 +16,7 @@ CLEAR = 0.05
 
 
 class Polished(NamedTuple):
-    """Rows of the subspace, their certificates (share of redundant coordinates explained, at most 1), kept coordinates."""
+    """Rows of the subspace, certificates (share of redundant coordinates explained, at most 1), kept coordinates."""
 
     rows: Float[np.ndarray, "n d"]
     certificate: Float[np.ndarray, " n"]

@@ -1,0 +1,167 @@
+"""What a run's evidence says: which reconstructions are proven, and which batches could not be tested.
+
+A record's `evidence` is written by an attack that proves what it finds (`attacks.span`) and None for any other. It
+holds input rows, each one token at one position, and sentences made of them, with a certificate for either.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grab_jax.metrics import known
+
+Record = Mapping[str, Any]
+
+PROVEN_ROW = 0.98  # certificate from which a row counts without a sentence around it
+SPARE = 32  # unfitted coordinates without which a row may pass by chance
+ENDS = 2  # rows of a sentence that tell nothing: its first and last token are the same everywhere
+
+
+def of(record: Record) -> Record:
+    """The record's evidence, empty where the attack gives none."""
+    found = record.get("evidence")
+    return found if isinstance(found, Mapping) else {}
+
+
+def proven(record: Record) -> list[bool]:
+    """Whether each prediction carries a certificate that holds, in the order of `predictions`."""
+    said = [bool(sentence.get("certified")) for sentence in of(record).get("sentences") or []]
+    count = len(record["predictions"])
+    return (said + [False] * count)[:count]
+
+
+def contradicted(record: Record) -> list[bool]:
+    """Whether each prediction is proven and yet no true sentence, each of which answers for one prediction."""
+    told = slice(-1) if of(record).get("open_end") else slice(None)  # without the last token, which nothing tells
+    left = Counter(tuple(sentence["tokens"][told]) for sentence in record["sentences"])
+    out = []
+    for sure, prediction in zip(proven(record), record["predictions"], strict=True):
+        tokens = tuple(prediction["tokens"])
+        out.append(bool(record["sentences"]) and sure and not left[tokens])
+        left[tokens] -= sure and left[tokens] > 0
+    return out
+
+
+def counts(attacked: Sequence[Record]) -> dict[str, int | None]:
+    """`certified` of `certified_of` reconstructions are proven, `certified_wrong` of them against the truth.
+
+    None without certificates, the last one also without a truth.
+    """
+    given = [record for record in attacked if of(record)]
+    if not given:
+        return dict.fromkeys(("certified", "certified_of", "certified_wrong"))
+    compared = [record for record in given if record["sentences"]]
+    return {
+        "certified": sum(sum(proven(record)) for record in given),
+        "certified_of": sum(len(of(record).get("sentences") or []) for record in given),
+        "certified_wrong": sum(sum(contradicted(record)) for record in compared) if compared else None,
+    }
+
+
+# --- what could not be tested -----------------------------------------------------------------------------
+
+
+def barred(record: Record) -> str | None:
+    """Why the attack could not even begin; None where it did."""
+    return of(record).get("not_testable") or None
+
+
+def blind(record: Record) -> bool:
+    """Whether the attack began and found not one input row: then it assumed something false."""
+    return bool(of(record)) and not barred(record) and not of(record).get("rows")
+
+
+def tested(record: Record) -> bool:
+    """Whether what came back says something about the client."""
+    return not barred(record) and not blind(record)
+
+
+def why_untested(attacked: Sequence[Record]) -> str:
+    """One sentence for a run without any tested batch."""
+    missed = [record for record in attacked if blind(record)]
+    if missed:
+        total = sum(of(record).get("rank") or 0 for record in missed)
+        return (
+            f"None of the {total} input rows was found: the dropout rate, the weights or the embeddings assumed "
+            "are not the client's."
+        )
+    reasons = list(dict.fromkeys(barred(record) or "" for record in attacked))
+    more = "" if len(reasons) == 1 else f", and the like in {len(attacked)} batches"
+    return f"{reasons[0][:1].upper()}{reasons[0][1:].rstrip('.')}{more}."
+
+
+def remarks(attacked: Sequence[Record]) -> list[str]:
+    """Sentences for a run with some batches that were not tested or some certificates that are wrong."""
+    out = []
+    if stopped := [why for record in attacked if (why := barred(record))]:
+        reason = stopped[0].split(": ", 1)[-1].rstrip(".") + (" or the like" if len(set(stopped)) > 1 else "")
+        out.append(f"{_of_batches(stopped, attacked)} not testable: {reason}.")
+    if missed := [record for record in attacked if blind(record)]:
+        out.append(f"{_of_batches(missed, attacked)} not testable: none of the input rows was found.")
+    if wrong := counts(attacked)["certified_wrong"]:
+        verb = "reconstruction differs" if wrong == 1 else "reconstructions differ"
+        out.append(f"Warning: {wrong} certified {verb} from the truth, so no certificate of this run can be relied on.")
+    return out
+
+
+def _of_batches(some: Sequence[Any], attacked: Sequence[Record]) -> str:
+    plural = "" if len(attacked) == 1 else "es"
+    return f"{len(some)} of {len(attacked)} batch{plural} {'was' if len(some) == 1 else 'were'}"
+
+
+# --- rows -------------------------------------------------------------------------------------------------
+
+
+def loose_rows(attacked: Sequence[Record]) -> tuple[int, int, int]:
+    """Certified rows, how many of them tell a word, and how many rows there are."""
+    sure = telling = total = 0
+    for record in attacked:
+        found = of(record)
+        rank, width = found.get("rank") or 0, found.get("width") or 0
+        rows = [row for row in found.get("rows") or [] if (known(row.get("certificate")) or 0) > PROVEN_ROW]
+        rows = rows if rank + SPARE <= width else []
+        sure, total = sure + len(rows), total + rank
+        telling += max(0, len(rows) - ENDS * len(record["sentences"]))
+    return sure, telling, total
+
+
+def unused(attacked: Sequence[Record]) -> str:
+    """A further sentence on the rows that belong to no sentence found; empty where there are none."""
+    count = sum(not row.get("used", True) for record in attacked for row in of(record).get("rows") or [])
+    if count == 1:
+        return " 1 further input row, a token with its position, was found without the sentence around it."
+    found = (
+        f" {count} further input rows, each a token with its position, were found without the sentences around them."
+    )
+    return found if count else ""
+
+
+def table(attacked: Sequence[Record]) -> list[dict[str, Any]]:
+    """One row per batch with evidence: what was found of what there is, and the weakest certificates.
+
+    `weakest` is the least certificate of a row, `residual` the largest of a certified sentence; None without any.
+    """
+    return [_line(record) for record in attacked if of(record)]
+
+
+def _line(record: Record) -> dict[str, Any]:
+    found = of(record)
+    rows, sentences = found.get("rows") or [], found.get("sentences") or []
+    sure = [sentence for sentence in sentences if sentence.get("certified")]
+    return {
+        "batch": record.get("index"),
+        **{key: found.get(key) for key in ("rank", "gap_rank", "width", "not_testable")},
+        "rows": len(rows),
+        "weakest": min((c for row in rows if (c := known(row.get("certificate"))) is not None), default=None),
+        "sentences": len(sentences),
+        "certified": len(sure),
+        "residual": max((r for s in sure if (r := known(s.get("residual"))) is not None), default=None),
+    }
+
+
+def widest(attacked: Sequence[Record]) -> tuple[int, int] | None:
+    """The largest rank of a batch and the width of the model; None where they are unknown."""
+    sizes = [(of(record).get("rank"), of(record).get("width")) for record in attacked]
+    return max((size for size in sizes if all(size)), default=None)

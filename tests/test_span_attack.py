@@ -1,0 +1,332 @@
+"""Span decoding end to end on tiny random models: whole batches, certificates that never lie, and a whole run."""
+
+import json
+import os
+import signal
+from collections import Counter
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from goldens import golden as goldens
+from span_client import FAMILIES, TOKENS, WIDTH, client, random_model, random_params, sentence
+from test_run import SPECIAL, TEXTS, WORDS, do, records
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
+
+from grab_jax import models, tuning
+from grab_jax.attacks import ATTACKS, span
+from grab_jax.config import AttackConfig
+from grab_jax.models import first_attention
+from grab_jax.types import Problem, Result
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+BEGINNING = "not testable by span decoding:"
+
+
+def solve(*problems, seed=0, **kwargs):
+    """Attack the problems and check what holds for every result."""
+    keys = jax.vmap(jax.random.key)(seed + jnp.arange(len(problems)))
+    results = span.attack(keys, problems, AttackConfig(name="span"), **kwargs)
+    for problem, result in zip(problems, results, strict=True):
+        well_formed(problem, result)
+    return results
+
+
+def well_formed(problem, result):
+    """Shapes agree, and the evidence is plain data."""
+    assert json.loads(json.dumps(result.evidence, allow_nan=False)) == result.evidence
+    shape = result.ids.shape
+    assert result.confidence.shape == shape
+    assert ((result.confidence >= 0) & (result.confidence <= 1)).all()
+    assert shape[0] == max(len(result.evidence["sentences"]), 1)
+    if "not_testable" not in result.evidence:
+        assert (result.masks is None) == (not problem.dropout)
+    if result.masks is not None:
+        assert result.masks["embeddings"].shape == (*shape, WIDTH)
+    assert result.evidence["width"] == WIDTH
+    assert len(result.evidence["spectrum"]) == WIDTH
+    assert result.evidence["rank"] >= len(result.evidence["rows"])
+    assert all(0 <= row["token"] < TOKENS for row in result.evidence["rows"])
+
+
+def rows_of(ids, confidence):
+    """A sentence's tokens, where something was found."""
+    return tuple(np.asarray(ids)[np.asarray(confidence) > 0].tolist())
+
+
+def sentences_of(result):
+    return [rows_of(*row) for row in zip(result.ids, result.confidence, strict=True)]
+
+
+def certified(result):
+    """Sentences claimed to be proven."""
+    told = result.evidence["sentences"]
+    return [s for s, one in zip(sentences_of(result), told, strict=False) if one["certified"]]
+
+
+def assert_solved(result, truth, sentences):
+    """Every sentence is there, certified, in its masks, and nothing else."""
+    assert Counter(certified(result)) == Counter(sentences)
+    assert len(result.evidence["sentences"]) == len(sentences)
+    assert result.loss == max(s["residual"] for s in result.evidence["sentences"]) < span.WHOLE
+    assert result.evidence["rank"] == len(result.evidence["rows"]) == sum(map(len, sentences))
+    assert all(row["used"] for row in result.evidence["rows"])
+    assert result.notes == []
+    own = Counter((s, mask_of(truth.masks, i, len(s))) for i, s in enumerate(sentences))
+    assert Counter((s, mask_of(result.masks, i, len(s))) for i, s in enumerate(sentences_of(result))) == own
+
+
+def mask_of(masks, i, length):
+    return np.asarray(masks["embeddings"])[i, :length].astype(bool).tobytes()
+
+
+def drawn(family, lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return tuple(sentence(family, rng, n) for n in lengths)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_is_recovered_with_its_masks(family):
+    sentences = drawn(family, (3, 6, 4))
+    truth = client(family, sentences)
+    (result,) = solve(truth.problem)
+    assert_solved(result, truth, sentences)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_is_recovered_without_dropout(family):
+    sentences = drawn(family, (3, 6, 4), seed=1)
+    (result,) = solve(client(family, sentences, dropout=False).problem)
+    assert sorted(certified(result)) == sorted(sentences)
+    assert result.masks is None
+    assert not any("not found" in note for note in result.notes)
+
+
+def test_the_attack_needs_neither_labels_nor_lengths_nor_other_tensors():
+    """What is known and every other tensor's update may be missing."""
+    sentences = drawn("bert", (3, 6, 4))
+    truth = client("bert", sentences)
+    problem, known = truth.problem, truth.problem.known
+    free = known._replace(
+        labels=None, attention=jnp.ones_like(known.attention), pinned=jnp.zeros_like(known.pinned), ids=known.ids * 0
+    )
+    few = {path: problem.observed[path] for path in first_attention.paths(problem.model)}
+    (result,) = solve(problem._replace(known=free, observed=few, lengths=False))
+    assert_solved(result, truth, sentences)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_identical_sentences_are_told_apart_by_their_masks(family):
+    sentences = drawn(family, (3,)) * 3
+    truth = client(family, sentences, seed=1)
+    (result,) = solve(truth.problem)
+    assert_solved(result, truth, sentences)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_identical_sentences_without_dropout_are_one(family):
+    sentences = drawn(family, (4,)) * 3
+    (result,) = solve(client(family, sentences, dropout=False).problem)
+    assert certified(result) == [sentences[0]]
+
+
+@pytest.mark.parametrize("dropout", [True, False], ids=["dropout", "evaluation"])
+def test_the_row_of_a_sentence_of_one_token_is_found(dropout):
+    """It attends to nothing else, so nothing but its value has a gradient, and no equation proves it."""
+    sentences = ((77,), *drawn("gpt2", (5, 4)))
+    (result,) = solve(client("gpt2", sentences, dropout=dropout).problem)
+    assert set(certified(result)) <= set(sentences)
+    assert set(certified(result)) >= set(sentences[1:])
+    assert Counter((row["position"], row["token"]) for row in result.evidence["rows"]) == Counter(
+        pair for s in sentences for pair in enumerate(s)
+    )
+
+
+def test_an_empty_text_is_recovered():
+    """[CLS] [SEP] alone."""
+    sentences = ((2, 3), *drawn("bert", (4, 5)))
+    truth = client("bert", sentences)
+    (result,) = solve(truth.problem)
+    assert_solved(result, truth, sentences)
+
+
+@pytest.mark.parametrize("dropout", [True, False], ids=["dropout", "evaluation"])
+def test_special_tokens_inside_the_text_are_recovered(dropout):
+    """[UNK], [MASK] and padding as words, and [SEP] between two parts."""
+    sentences = ((2, 1, 20, 3), (2, 30, 4, 40, 3), (2, 50, 3, 0, 70, 3))
+    truth = client("bert", sentences, dropout=dropout)
+    (result,) = solve(truth.problem)
+    assert sorted(certified(result)) == sorted(sentences)
+
+
+def test_several_batches_are_attacked_one_by_one():
+    """Each as if it were alone, in the order given; progress counts rows."""
+    sentences = [drawn("bert", (3, 6, 4), seed) for seed in range(2)]
+    problems, seen = [client("bert", s).problem for s in sentences], []
+    results = solve(*problems, on_segment=lambda state, progress: seen.append((state, progress)))
+    assert [sorted(certified(r)) for r in results] == [sorted(s) for s in sentences]
+    (alone,) = solve(problems[1], seed=1)
+    np.testing.assert_array_equal(alone.ids, results[1].ids)
+    assert alone.evidence == results[1].evidence
+    assert {(state, progress.phase) for state, progress in seen} == {(None, "rows")}
+    assert (seen[-1][1].step, seen[-1][1].steps) == (19, 19)
+
+
+def test_the_attack_is_listed():
+    assert ATTACKS["span"].attack is span.attack
+
+
+# --- what cannot be tested ----------------------------------------------------------------------------------------
+
+
+def replaced(problem: Problem, change) -> Problem:
+    """The problem with the three kernels' updates changed."""
+    own = set(first_attention.paths(problem.model))
+    observed = {path: change(value) if path in own else value for path, value in problem.observed.items()}
+    return problem._replace(observed=observed)
+
+
+def said(result: Result, reason: str):
+    assert result.evidence["not_testable"].startswith(BEGINNING)
+    assert reason in result.evidence["not_testable"]
+    assert result.notes == [result.evidence["not_testable"]]
+    assert result.evidence["sentences"] == result.evidence["rows"] == []
+    assert not np.asarray(result.confidence).any()
+    assert result.masks is None
+    assert np.isnan(result.loss)
+
+
+def test_as_many_tokens_as_the_width_are_not_testable():
+    """The gradient of 64 random inputs of width 64, and of 63: then there is something to test."""
+    problem, rng = client("bert", drawn("bert", (3, 6, 4))).problem, np.random.default_rng(0)
+    inputs = rng.normal(size=(WIDTH, WIDTH)).astype(np.float32)
+    of = lambda n: lambda g: jnp.asarray(inputs[:n].T @ rng.normal(size=(n, g.shape[1])).astype(np.float32))  # noqa: E731
+    said(solve(replaced(problem, of(WIDTH)))[0], "width 64")
+    assert "not_testable" not in solve(replaced(problem, of(WIDTH - 1)))[0].evidence
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_a_gradient_without_information_is_not_testable(value):
+    problem = client("bert", drawn("bert", (3, 6, 4))).problem
+    said(solve(replaced(problem, lambda g: jnp.full_like(g, value)))[0], "zero or not finite")
+
+
+# --- certificates do not lie --------------------------------------------------------------------------------------
+
+
+class Corruption(NamedTuple):
+    """What is done to a problem."""
+
+    name: str
+    change: object
+
+
+def other_weights(problem: Problem) -> Problem:
+    params = random_model(problem.model.family, 0.1, seed=1)[1]
+    trainable, frozen = tuning.split(params, tuning.freezes(problem.model, "embeddings"))
+    return problem._replace(trainable=trainable, frozen=frozen)
+
+
+def other_attention(problem: Problem) -> Problem:
+    """The embeddings are right, so that rows are found; the projections are another model's."""
+    params = tuning.flatten(random_model(problem.model.family, 0.1, seed=1)[1])
+    own = {path: params[path] for path in problem.trainable if "attention/self" in path or "attn" in path}
+    return problem._replace(trainable={**problem.trainable, **own})
+
+
+CORRUPTIONS = (
+    Corruption("none", lambda problem: problem),
+    Corruption("rows deleted", lambda problem: replaced(problem, lambda g: g.at[::7].set(0))),
+    Corruption("columns deleted", lambda problem: replaced(problem, lambda g: g.at[:, ::3].set(0))),
+    Corruption("noise", lambda problem: replaced(problem, lambda g: g + 1e-3 * jnp.abs(g).mean() * jnp.sin(1e5 * g))),
+    Corruption("signs", lambda problem: replaced(problem, jnp.sign)),
+    Corruption("other weights", other_weights),
+    Corruption("other attention", other_attention),
+    Corruption("mode", lambda problem: problem._replace(dropout=not problem.dropout)),
+)
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda c: c.name)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_wrong_sentence_is_certified(family, corruption):
+    """Random batches with few words, dropout on and off."""
+    for dropout in (True, False):
+        rng = np.random.default_rng([FAMILIES.index(family), dropout])
+        sentences = tuple(sentence(family, rng, n) for n in rng.integers(2, 6, 3))
+        problem = corruption.change(client(family, sentences, dropout=dropout, seed=2).problem)
+        (result,) = solve(problem)
+        claimed = certified(result)
+        if corruption.name == "none":
+            assert sorted(claimed) == sorted(sentences)
+        elif corruption.name not in ("columns deleted", "mode"):  # which leave the rows' span as it is
+            assert claimed == []
+        assert set(claimed) <= set(sentences)
+
+
+def test_a_certified_sentence_has_every_position_and_its_ends():
+    """One row of a true batch renamed: the residual alone would still be small."""
+    truth = client("bert", drawn("bert", (3, 6, 4)))
+    rows = [span.Row(p, t, np.ones(4), np.ones(4, bool), 1.0) for p, t in enumerate((2, 20, 3))]
+    sentence = lambda *rows, residual=1e-6: span.assemble.Sentence(rows, residual)  # noqa: E731
+    ok = lambda s, rows=rows: span.certified(s, rows, truth.problem)  # noqa: E731
+    assert ok(sentence(0, 1, 2))
+    assert not ok(sentence(0, 1, 2, residual=5e-3))
+    assert not ok(sentence(0, 2))
+    assert not ok(sentence(0, 1))
+    assert not ok(sentence(0, 1, 2), [rows[0]._replace(token=5), *rows[1:]])
+
+
+# --- a whole run --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings():
+    """`run` changes process-wide settings, which are put back."""
+    umask, terminated = os.umask(0o022), signal.getsignal(signal.SIGTERM)
+    yield
+    jax.config.update("jax_default_matmul_precision", None)
+    os.umask(umask)
+    signal.signal(signal.SIGTERM, terminated)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A Hugging Face folder of a tiny random BERT of few words, with its tokenizer."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS.split()])}
+    config = goldens.config("bert", hidden_size=WIDTH, vocab_size=len(vocabulary), num_labels=2)
+    model = models.build(config)
+    models.save(str(tmp_path / "bert"), model, random_params(model))
+    made = Tokenizer(tokenizer_models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )  # fmt: skip
+    names = {f"{word.strip('[]').lower()}_token": word for word in SPECIAL}
+    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize("dropout", [0.1, pytest.param(0.0, marks=pytest.mark.long)])
+def test_a_whole_run_recovers_the_text(folder, tmp_path, dropout):
+    """From the command line's arguments to the records: four sentences, two to a batch, exactly."""
+    data = tmp_path / "four.jsonl"
+    data.write_text("".join(json.dumps({"text": text, "label": i % 2}) + "\n" for i, text in enumerate(TEXTS)))
+    args = (f"--model={folder}", f"--data={data}", "--attack=span", "--num_batches=2", "--batch_size=2")
+    do(*args, f"--client_dropout={dropout}", f"--run_dir={tmp_path / 'run'}")
+    found = records(tmp_path / "run")
+    assert len(found) == 2
+    for record in found:
+        told = sorted(s["tokens"] for s in record["sentences"])
+        assert sorted(p["tokens"] for p in record["predictions"]) == told
+        assert all(s["certified"] for s in record["evidence"]["sentences"])
+        assert record["cosine"] == {}
+        assert (record["masks"] is None) == (dropout == 0)
+        assert dropout == 0 or record["masks"]["auc"]["embeddings"] == 1
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["attack"] == "span"
+    assert (tmp_path / "run" / "report.html").stat().st_size > 5000
