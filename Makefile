@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Small matrices only: BLAS threads of busy cores would wait for each other.
+export OPENBLAS_NUM_THREADS := 1
 
 .PHONY: demo test lint parity long clean
 .DELETE_ON_ERROR:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 from scipy.optimize import linear_sum_assignment
 
 
@@ -50,8 +50,8 @@ class Projections(NamedTuple):
 def projections(
     inputs: Float[np.ndarray, "n d"],
     gradients: Sequence[Float[np.ndarray, "d d"]],
-    query: tuple[np.ndarray, np.ndarray],
-    key: tuple[np.ndarray, np.ndarray],
+    query: tuple[Float[Array | np.ndarray, "d d"], Float[Array | np.ndarray, " d"]],
+    key: tuple[Float[Array | np.ndarray, "d d"], Float[Array | np.ndarray, " d"]],
     heads: int,
 ) -> Projections:
     """Queries and keys of the rows, and the cotangents that explain the gradients.

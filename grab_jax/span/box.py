@@ -67,9 +67,9 @@ def _project(x: Float[Array, "n d"], basis: Float[Array, "d r"]) -> Float[Array,
 
 
 def kept(x: Float[Array, "n d"], z: Float[Array, "n d"], rows: Float[Array, "n d"]) -> Float[Array, " n"]:
-    """Share of the row explained: about the keep rate for a member, about 0 for any other token.
+    """Share of the row explained: once converged about the keep rate for a member, about 0 for any other token.
 
-    The distance between the two iterates is subtracted, so that an unfinished problem is not overrated.
+    The distance between the two iterates is subtracted, which tempers what an unfinished problem claims.
     """
     total = jnp.abs(rows).sum(-1)
     inside = jnp.clip(z * jnp.sign(rows), 0, jnp.abs(rows)).sum(-1) - jnp.abs(x - z).sum(-1)

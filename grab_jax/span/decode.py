@@ -72,7 +72,7 @@ def space(first: FirstAttention, basis: Float[np.ndarray, "d r"]) -> Space:
 
 
 def bucket(size: int, least: int) -> int:
-    """The next of 8, 16, 24, 32, 48, 64, 96, ... at or above `size`: few shapes, at most half of one wasted."""
+    """The next of 8, 12, 16, 24, 32, 48, ... (from `least`, a power of 2) at or above `size`: few shapes."""
     width = least
     while width < size:
         width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
@@ -119,7 +119,8 @@ def scan(
         rows = embed(first, None, position) * scale[None]
         rest = -len(rows) % BLOCK
         blocks = jnp.pad(rows, ((0, rest), (0, 0))).reshape(-1, BLOCK, rows.shape[1])
-        return jax.lax.top_k(jax.lax.map(value, blocks).reshape(-1), best)
+        values, tokens = jax.lax.top_k(jax.lax.map(value, blocks).reshape(-1), min(best, len(rows)))
+        return values, tokens
 
     return jax.lax.map(at, positions)
 
@@ -254,7 +255,7 @@ def decode(
     search = Search(first, space(first, basis), accept=accept, tolerance=tolerance)
     generator = np.random.default_rng(seed)
     _scan(search, notify)
-    while search.missing and search.rows:
+    while search.missing and (search.rows or search.suspects):
         if not _copies(search, generator, notify) and not _gaps(search, generator, notify):
             break
     return search.rows
@@ -340,7 +341,8 @@ def _commit(search: Search, tokens: np.ndarray, positions: np.ndarray, generator
 def _gaps(search: Search, generator: np.random.Generator, notify, draws: int = 2, trials: int = 8) -> int:
     """Rows the first pass missed: the whole vocabulary at every position in use, with goals along what is missing."""
     scale = jnp.asarray(search.space.scale, jnp.float32)
-    positions = np.arange(min(max(row.position for row in search.rows) + 2, len(search.first.places)))
+    last = max(position for position, _ in {*search.counts(), *search.suspects})
+    positions = np.arange(min(last + 2, len(search.first.places)))
     positions = np.pad(positions, (0, -len(positions) % CHUNK), mode="edge").reshape(-1, CHUNK)
     found = 0
     for direction in search.direction(generator, draws):

@@ -47,6 +47,6 @@ def embed(
 def normalise(norm: Norm, x: Float[Array | np.ndarray, "n d"]) -> Float[Array | np.ndarray, "n d"]:
     """Layer norm over the last axis, of NumPy (in its precision) or JAX arrays."""
     centred = x - x.mean(-1, keepdims=True)
-    deviation = ((centred**2).mean(-1, keepdims=True) + norm.epsilon) ** 0.5
-    scale, shift = (part if isinstance(x, jnp.ndarray) else np.asarray(part, x.dtype) for part in norm[:2])
+    scale, shift, epsilon = (part if isinstance(x, jnp.ndarray) else np.asarray(part, x.dtype) for part in norm)
+    deviation = ((centred**2).mean(-1, keepdims=True) + epsilon) ** 0.5
     return centred / deviation * scale[None] + shift[None]

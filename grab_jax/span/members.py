@@ -35,11 +35,13 @@ def members(
     """
     close = []
     for position in range(len(first.places)):
-        tokens = np.asarray(_closest(first, jnp.asarray(basis, jnp.float32), position, best=KEEP))
+        tokens = np.asarray(
+            _closest(first, jnp.asarray(basis, jnp.float32), position, best=min(KEEP, len(first.words)))
+        )
         rows = inputs64(first, tokens, position)
         away = np.linalg.norm(rows - rows @ basis @ basis.T, axis=1) / np.linalg.norm(rows, axis=1)
         close += [(float(a), position, int(t), row) for a, t, row in zip(away, tokens, rows, strict=True)]
-        if position > 2 and min(c[0] for c in close[-2 * KEEP :]) > FAR:
+        if position > 2 and min(c[0] for c in close if c[1] >= position - 1) > FAR:
             break
     found = _independent(sorted(close, key=lambda c: c[0]), basis)
     notify(len(found), basis.shape[1])

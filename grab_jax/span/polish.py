@@ -1,7 +1,9 @@
 """From an approximate member to an exact one: which coordinates are kept, which dropped, and a certificate.
 
 Every coordinate of a member is either 0 or the token's value. Fitting the subspace's r coordinates to the clear cases
-fixes the row; the other d - r coordinates are then a check it cannot pass by chance. Float64 on the host.
+fixes the row; the other d - r coordinates are then a check that a row of wrong values does not pass by chance. (Zero
+passes it for every token: whoever accepts a row must also ask that about the expected share is kept.) Float64, on the
+host.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ ROUNDING = 2.0**-24
 class Spectrum(NamedTuple):
     """Singular values of the stacked gradient (largest first), the noise floor, the chosen rank and a basis.
 
-    `rank` counts the values above `floor`; `gap` is the ratio of the two values around it, `gap_rank` the place of the
-    largest ratio, told beside it when the two disagree. `basis` is `[d, rank]`, orthonormal.
+    `rank` counts the values above `floor`, or is the place of the largest ratio `gap_rank` where all values between the
+    two are near the floor; `gap` is the ratio of the two values around it. `basis` is `[d, rank]`, orthonormal.
     """
 
     values: Float[np.ndarray, " d"]
@@ -58,7 +58,17 @@ def spectrum(
         floor = 6.0 * relative / np.sqrt(d) * edge
     left, values, _ = np.linalg.svd(stacked, full_matrices=False)
     values = np.pad(values, (0, d - len(values)))
-    rank = int((values > floor).sum())
     ratios = values[:-1] / np.maximum(values[1:], floor / 10)
+    rank = _rank(values, floor, int(ratios.argmax()) + 1)
     gap = float(values[rank - 1] / max(values[rank], floor / 10)) if 0 < rank < d else 0.0
     return Spectrum(values, float(floor), rank, gap, int(ratios.argmax()) + 1, left[:, :rank])
+
+
+def _rank(values: np.ndarray, floor: float, gap_rank: int) -> int:
+    """Values above the floor, less those just above it behind the largest gap.
+
+    Where a gradient's columns cancel (keys do not see what all rows share), rounding is relative to the terms and may
+    pass a floor that is relative to their sum.
+    """
+    rank = int((values > floor).sum())
+    return gap_rank if gap_rank < rank and values[gap_rank] < 20 * floor else rank
