@@ -14,7 +14,7 @@ import jax
 from absl import app, logging
 from absl import flags as absl_flags
 
-from grab_jax import dry_run, flags, run
+from grab_jax import dry_run, flags, run, watch
 from grab_jax.config import Config
 from grab_jax.types import InputError
 
@@ -25,7 +25,9 @@ def main(argv: list[str]) -> int:
     """Run what the flags say; 0 when done, 2 for bad input, 130 when interrupted."""
     if len(argv) > 1:
         return refuse(f"unexpected argument {argv[1]!r}; settings are given as --name=value")
-    signal.signal(signal.SIGTERM, _interrupt)
+    watch.ASKED.clear()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
     logging.set_verbosity(logging.WARNING)  # orbax tells a page per save
     try:
         config = flags.parsed()
@@ -44,6 +46,7 @@ def main(argv: list[str]) -> int:
 
 
 def _interrupt(_signal, _frame):
+    watch.ASKED.set()
     raise KeyboardInterrupt
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,9 @@ from grab_jax.attacks.grab import Progress
 from grab_jax.checkpoint import Checkpoints
 from grab_jax.config import Config
 from grab_jax.progress import CompileClock, Display
+
+ASKED = threading.Event()
+"""Set when a signal asked to stop: foreign code may swallow the exception, so the next progress raises it again."""
 
 
 class Watch:
@@ -41,10 +45,18 @@ class Watch:
         return restored["state"]
 
     def __call__(self, state: Any | None, progress: Progress) -> None:
-        """Show, and save at the end of a round or when it is due; `state=None` is progress only."""
+        """Show, and save at the end of a round or when it is due; `state=None` is progress only.
+
+        Raises:
+          KeyboardInterrupt: a signal asked to stop.
+        """
         self._display.show(progress, self._config.attack.rounds, lambda: self._text(progress.ids[0, 0]))
-        if state is None:
-            return
+        if state is not None:
+            self._keep(state)
+        if ASKED.is_set():
+            raise KeyboardInterrupt
+
+    def _keep(self, state: Any) -> None:
         self._latest = state
         due = time.monotonic() - self._saved > 60 * self._config.run.checkpoint_minutes
         if due or int(state.round) != self._round >= 0:
