@@ -7,14 +7,13 @@ flags, `--mode=report --run_dir=...` rebuilds a report, `--dry_run` prints the p
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
 import jax
 from absl import app, logging
 from absl import flags as absl_flags
 
-from grab_jax import dry_run, flags, run, watch
+from grab_jax import dry_run, flags, interrupts, run
 from grab_jax.config import Config
 from grab_jax.types import InputError
 
@@ -25,9 +24,7 @@ def main(argv: list[str]) -> int:
     """Run what the flags say; 0 when done, 2 for bad input, 130 when interrupted."""
     if len(argv) > 1:
         return refuse(f"unexpected argument {argv[1]!r}; settings are given as --name=value")
-    watch.ASKED.clear()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt)
+    interrupts.install()
     logging.set_verbosity(logging.WARNING)  # orbax tells a page per save
     try:
         config = flags.parsed()
@@ -43,11 +40,6 @@ def main(argv: list[str]) -> int:
         print("\ninterrupted; nothing finished is lost: the same command continues here", file=sys.stderr)
         return INTERRUPTED
     return 0
-
-
-def _interrupt(_signal, _frame):
-    watch.ASKED.set()
-    raise KeyboardInterrupt
 
 
 def refuse(sentence: str) -> int:

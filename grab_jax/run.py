@@ -21,6 +21,7 @@ from grab_jax import (
     chart,
     data,
     highlight,
+    interrupts,
     models,
     plan,
     record,
@@ -72,7 +73,8 @@ def run(config: Config) -> Path:
         for note in session.notes:
             display.say(f"note: {note}")
         for group in session.plan.groups:
-            _attack_group(session, group, folder, display)
+            with interrupts.deferred():
+                _attack_group(session, group, folder, display)
         page = finish(folder, session)
     finally:
         display.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +10,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from grab_jax import interrupts
 from grab_jax.attacks.grab import Progress
 from grab_jax.checkpoint import Checkpoints
 from grab_jax.config import Config
 from grab_jax.progress import CompileClock, Display
-
-ASKED = threading.Event()
-"""Set when a signal asked to stop: foreign code may swallow the exception, so the next progress raises it again."""
 
 
 class Watch:
@@ -53,8 +50,7 @@ class Watch:
         self._display.show(progress, self._config.attack.rounds, lambda: self._text(progress.ids[0, 0]))
         if state is not None:
             self._keep(state)
-        if ASKED.is_set():
-            raise KeyboardInterrupt
+        interrupts.check()
 
     def _keep(self, state: Any) -> None:
         self._latest = state
