@@ -9,7 +9,7 @@ import numpy as np
 
 from grab_jax import about, client, distances, plan, run
 from grab_jax.config import Config
-from grab_jax.span.decode import bucket
+from grab_jax.span.scaling import bucket
 from grab_jax.types import Batch
 
 PER_BUCKET, PER_COUNT = 20, 4

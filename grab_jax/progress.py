@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from grab_jax.attacks.grab import Progress
+from grab_jax.attacks.state import Progress
 
 EVERY = 10.0
 """Seconds between two plain lines of one phase."""

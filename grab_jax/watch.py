@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from grab_jax import interrupts
-from grab_jax.attacks.grab import Progress
+from grab_jax.attacks.state import Progress
 from grab_jax.checkpoint import Checkpoints
 from grab_jax.config import Config
 from grab_jax.progress import CompileClock, Display

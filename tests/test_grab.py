@@ -14,7 +14,8 @@ import pytest
 from goldens import golden as goldens
 
 from grab_jax import client, distances, matching, models, simulate, tuning
-from grab_jax.attacks import grab, programs
+from grab_jax.attacks import discrete, grab, programs
+from grab_jax.attacks import state as attack_state
 from grab_jax.config import AttackConfig, ClientConfig, Config, KnownConfig
 from grab_jax.data import ClientBatch, Sentence
 from grab_jax.types import Batch, Result, Vocabulary
@@ -115,8 +116,8 @@ class Learnt(NamedTuple):
 
     seed: int
     result: Result
-    states: list[grab.State]
-    seen: list[grab.Progress]
+    states: list[attack_state.State]
+    seen: list[attack_state.Progress]
     pools: list[np.ndarray]
     traces: int
 
@@ -124,13 +125,13 @@ class Learnt(NamedTuple):
 @pytest.fixture(scope="module")
 def learnt(dropped):
     run = programs.compiled(dropped.problem.model, FAST, PAD, programs.mesh_for(1)).run
-    before, search = run._cache_size(), grab.beam.search
+    before, search = run._cache_size(), discrete.beam.search
     for seed in range(20):  # the first that does not stop early: what follows needs both rounds
         states, seen, pools = [], [], []
         keep = lambda state, info: (seen.append(info), state is None or states.append(state))  # noqa: B023, E731
         with pytest.MonkeyPatch.context() as patch:
             spy = lambda *args, **kwargs: (pools.extend(args[3]), search(*args, **kwargs))[1]  # noqa: B023, E731
-            patch.setattr(grab.beam, "search", spy)
+            patch.setattr(discrete.beam, "search", spy)
             (result,) = solve(dropped, seeds=(seed,), on_segment=keep)
         if not result.notes:
             return Learnt(seed, result, states, seen, pools, run._cache_size() - before)
@@ -218,7 +219,7 @@ def test_pinned_positions_hold_their_tokens_and_pools_no_special_ones(dropped, l
 
 
 def test_an_attack_resumed_from_any_saved_state_is_bit_identical(dropped, learnt):
-    last = {(int(s.round), grab.PHASES[int(s.phase)]): s for s in learnt.states}
+    last = {(int(s.round), attack_state.PHASES[int(s.phase)]): s for s in learnt.states}
     assert list(last) == [
         (0, "continuous"), (0, "discrete"), (1, "select"), (1, "continuous"), (1, "discrete"), (2, "select"),
     ]  # fmt: skip
@@ -303,7 +304,7 @@ def test_a_result_does_not_depend_on_the_rest_of_its_group(plain, group):
 def test_a_batch_that_stops_last_keeps_the_trace_of_its_last_round(plain, group):
     results, states = group
     last = results[0].trace[-1]["round"]
-    before = next(s for s in states if (int(s.round), int(s.phase), int(s.step)) == (last, grab.DISCRETE, 0))
+    before = next(s for s in states if (int(s.round), int(s.phase), int(s.step)) == (last, attack_state.DISCRETE, 0))
     assert not before.done[0]
     ended = before._replace(done=np.array([False, True]))  # the other has stopped already
     resumed = solve(*plain[:2], config=replace(FAST, rounds=5), state=ended)
@@ -316,13 +317,13 @@ def test_what_is_not_told_is_searched_and_all_restarts_feed_the_pools(bert, monk
     np.testing.assert_array_equal(known.pinned, [[1, 0, 0, 0, 0, 0, 1, 1]] * 2)  # [CLS] and beyond the longest
     np.testing.assert_array_equal(known.free, ~np.asarray(known.pinned))
     assert known.labels is None
-    pools, states, search = [], [], grab.beam.search
+    pools, states, search = [], [], discrete.beam.search
 
     def spy(score, begin, free, allowed, **kwargs):
         pools.extend(allowed)
         return search(score, begin, free, allowed, **kwargs)
 
-    monkeypatch.setattr(grab.beam, "search", spy)
+    monkeypatch.setattr(discrete.beam, "search", spy)
     config = replace(FAST, rounds=1, restarts=2)
     (result,) = solve(truth, config=config, on_segment=lambda state, _: state is None or states.append(state))
     assert result.labels.shape == (2,)

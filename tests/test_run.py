@@ -23,16 +23,12 @@ from goldens import golden as goldens
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 from test_flags import parse
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
-from tokenizers import models as tokenizer_models
-from transformers import PreTrainedTokenizerFast
+from words import SPECIAL, VOCABULARY, save_tokenizer
 
 from grab_jax import dry_run, main, models, run
 from grab_jax.types import Batch
 
 ROOT = Path(__file__).parents[1]
-WORDS = "the a cat dog man sat ran saw on in red old mat hat box big ##s ##ed ##ing . ,"
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEXTS = ["the old cat sat.", "a big dog ran on", "the red hat, a mat", "dogs saw the man"]
 SMALL = """--num_batches=2 --attack_rounds=1 --attack_steps=60 --attack_candidates=4 --attack_permutations=4
     --attack_sweeps=1 --attack_beam=2 --attack_chunk=8"""
@@ -78,17 +74,10 @@ def quick(xla):
 def bert(tmp_path_factory):
     """A Hugging Face folder; its word table has 4 rows more than its tokenizer has tokens, as padded tables do."""
     folder = tmp_path_factory.mktemp("bert")
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS.split()])}
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": len(vocabulary) + 4, "num_labels": 2}
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": len(VOCABULARY) + 4, "num_labels": 2}
     model = models.build(goldens.config("bert", **size))
     models.save(str(folder), model, model.init(jax.random.key(0)))
-    made = Tokenizer(tokenizer_models.WordPiece(vocabulary, unk_token="[UNK]"))
-    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    made.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )  # fmt: skip
-    names = {f"{word.strip('[]').lower()}_token": word for word in SPECIAL}
-    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
+    save_tokenizer(folder)
     return folder
 
 

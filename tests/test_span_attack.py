@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 from goldens import golden as goldens
 from span_client import FAMILIES, TOKENS, WIDTH, client, random_model, random_params, sentence
-from test_run import SPECIAL, TEXTS, WORDS, do, records
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
-from tokenizers import models as tokenizer_models
-from transformers import PreTrainedTokenizerFast
+from test_run import TEXTS, do, records
+from words import VOCABULARY, save_tokenizer
 
 from grab_jax import models, tuning
 from grab_jax.attacks import ATTACKS, span
@@ -296,17 +294,10 @@ def settings():
 @pytest.fixture
 def folder(tmp_path):
     """A Hugging Face folder of a tiny random BERT of few words, with its tokenizer."""
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS.split()])}
-    config = goldens.config("bert", hidden_size=WIDTH, vocab_size=len(vocabulary), num_labels=2)
+    config = goldens.config("bert", hidden_size=WIDTH, vocab_size=len(VOCABULARY), num_labels=2)
     model = models.build(config)
     models.save(str(tmp_path / "bert"), model, random_params(model))
-    made = Tokenizer(tokenizer_models.WordPiece(vocabulary, unk_token="[UNK]"))
-    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    made.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )  # fmt: skip
-    names = {f"{word.strip('[]').lower()}_token": word for word in SPECIAL}
-    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(tmp_path / "bert")
+    save_tokenizer(tmp_path / "bert")
     return tmp_path / "bert"
 
 

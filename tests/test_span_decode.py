@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grab_jax.span import decode, inputs, members
+from grab_jax.span import decode, inputs, members, scaling
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 WIDTH, VOCABULARY, PLACES = 96, 300, 12
@@ -175,7 +175,7 @@ def test_notify_counts_the_rows_found():
 @pytest.mark.parametrize("late", LATE.values(), ids=LATE)
 def test_space_holds_the_scaled_rows(late):
     planted = plant(late)
-    space, more = decode.space(planted.first, planted.basis), 2 * late
+    space, more = scaling.scaled_space(planted.first, planted.basis), 2 * late
     r = len(planted.pairs) + more
     assert space.basis.shape == (WIDTH, r)
     np.testing.assert_allclose(space.basis.T @ space.basis, np.eye(r), atol=1e-10)
@@ -190,14 +190,14 @@ def test_space_holds_the_scaled_rows(late):
 @pytest.mark.parametrize("least", [8, 16])
 def test_buckets_are_few_and_waste_at_most_half(least):
     sizes = range(1, 129)
-    found = [decode.bucket(size, least) for size in sizes]
+    found = [scaling.bucket(size, least) for size in sizes]
     assert all(size <= width <= max(least, 1.5 * size) for size, width in zip(sizes, found, strict=True))
     assert set(found) <= {8, 12, 16, 24, 32, 48, 64, 96, 128}
 
 
 def test_scan_ranks_the_tokens_of_each_position_first():
     planted = plant()
-    space = decode.space(planted.first, planted.basis)
+    space = scaling.scaled_space(planted.first, planted.basis)
     scale = jnp.asarray(space.scale, jnp.float32)
     score, tokens = decode.scan(
         planted.first, scale, space.padded, jnp.arange(3), None, iterations=5, best=8

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grab_jax import watch
-from grab_jax.attacks.grab import Progress
+from grab_jax.attacks.state import Progress
 from grab_jax.config import Config
 from grab_jax.progress import Display
 

@@ -11,77 +11,22 @@ token-type gradient is matched in both phases; pinned positions hold their token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Key
 
 from grab_jax import masks
-from grab_jax.attacks import programs
+from grab_jax.attacks import discrete, programs
+from grab_jax.attacks.state import CONTINUOUS, DISCRETE, SELECT, Job, OnSegment, State, progress, round_keys, tokens_of
 from grab_jax.config import AttackConfig
-from grab_jax.search import beam, descent, moves, scoring
 from grab_jax.types import Candidate, Problem, Result
 
-SELECT, CONTINUOUS, DISCRETE = 0, 1, 2
-PHASES = ("select", "continuous", "discrete")
 SEGMENT = 50
 """Continuous steps between two visits of the host (progress, checkpoint)."""
-
-
-class State(NamedTuple):
-    """Everything needed to go on: a pytree of arrays.
-
-    `step` counts continuous steps, or client batches whose discrete phase is finished; `descent` holds the candidates
-    `[k n ...]` and their optimiser; `solution` the chosen candidate of each batch `[k ...]`; `pools` the tokens seen;
-    `continuous` and `discrete` the last token solutions, with their scores `[k 2]`; `done` marks batches that stopped
-    early; `losses` the continuous losses (best restart) and `stages` the token scores after both phases of a round.
-    """
-
-    round: Int[np.ndarray, ""]
-    phase: Int[np.ndarray, ""]
-    step: Int[np.ndarray, ""]
-    descent: descent.State
-    solution: Candidate
-    pools: Bool[np.ndarray, "k b v"]
-    continuous: Int[np.ndarray, "k b t"]
-    discrete: Int[np.ndarray, "k b t"]
-    scores: Float[np.ndarray, "k 2"]
-    done: Bool[np.ndarray, " k"]
-    losses: Float[np.ndarray, "k r s"]
-    stages: Float[np.ndarray, "k r 2"]
-
-
-class Progress(NamedTuple):
-    """What a person wants to see.
-
-    `loss` and `ids` belong to the latest solution of each client batch; `scored` counts the candidates tried so far
-    in the running beam search.
-    """
-
-    round: int
-    phase: str
-    step: int
-    steps: int
-    loss: Float[np.ndarray, " k"]
-    ids: Int[np.ndarray, "k b t"] | None
-    scored: int = 0
-
-
-OnSegment = Callable[[State | None, Progress], None]
-
-
-class Job(NamedTuple):
-    """One call of `attack`: what it was given, and its compiled programs."""
-
-    keys: Key[Array, " k"]
-    problems: Sequence[Problem]
-    config: AttackConfig
-    shared: programs.Shared
-    programs: programs.Programs
-    notify: OnSegment
 
 
 def attack(
@@ -162,7 +107,7 @@ def _select(job: Job, state: State) -> State:
     """A start for every client batch and restart; optimiser and schedule begin anew."""
     k, mesh = len(job.problems), job.programs.mesh
     split = lambda key: jax.random.split(key, (job.config.restarts, 2))  # noqa: E731
-    keys = jax.vmap(split)(_round_keys(job, int(state.round))[:, 0])
+    keys = jax.vmap(split)(round_keys(job, int(state.round))[:, 0])
     candidates = _before_start(job, state, keys[..., 0])
     choose = job.programs.again if state.round else job.programs.first
     ids = (jnp.asarray(state.discrete),) if state.round else ()
@@ -171,15 +116,10 @@ def _select(job: Job, state: State) -> State:
     for i in range(len(keys) // mesh.size):
         mine = jax.random.clone(keys)  # each call uses other entries of the same array
         chosen.append(choose(mine, candidates, *ids, i, job.shared))
-        job.notify(None, _progress(job, state, min(k, (i + 1) * mesh.size), state.scores[:, 1], None))
+        job.notify(None, progress(job, state, min(k, (i + 1) * mesh.size), state.scores[:, 1], None))
     # The i-th result holds the i-th batch of every device: interleave them back into the order of the batches.
     together = jax.tree.map(lambda *leaves: _interleave(leaves, k), *chosen)
     return state._replace(descent=job.programs.init(together), phase=np.int32(CONTINUOUS), step=np.int32(0))
-
-
-def _round_keys(job: Job, r: int) -> Key[Array, "k 2"]:
-    """One key for the continuous and one for the discrete phase of round r, for every client batch."""
-    return jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, r)))(jax.random.clone(job.keys))
 
 
 def _interleave(leaves: Sequence[Array], k: int) -> Array:
@@ -209,112 +149,23 @@ def _descend(job: Job, state: State) -> State:
     phase = DISCRETE if stop == job.config.steps else CONTINUOUS
     step = 0 if phase == DISCRETE else stop
     state = state._replace(descent=found, losses=kept, phase=np.int32(phase), step=np.int32(step))
-    ids = _tokens(job, found.candidate.embeds[:, 0])
-    job.notify(state, _progress(job, state, stop, kept[:, r, stop - 1], ids, phase="continuous"))
+    ids = tokens_of(job, found.candidate.embeds[:, 0])
+    job.notify(state, progress(job, state, stop, kept[:, r, stop - 1], ids, phase="continuous"))
     return state
-
-
-def _tokens(job: Job, embeds: Float[Array | np.ndarray, "... t d"]) -> Int[np.ndarray, "... t"]:
-    table = programs.word_table(job.problems[0].model, job.shared.trainable, job.shared.frozen)
-    return np.asarray(job.programs.tokens(np.asarray(embeds), table)[0])
 
 
 def _substitute(job: Job, state: State) -> State:
     """The discrete phase of one client batch; the round ends with the last one."""
     j = int(state.step)
     if not state.done[j]:
-        state = _improve(job, state, j)
+        state = discrete.improve(job, state, j)
     if j + 1 < len(job.problems):
         state = state._replace(step=np.int32(j + 1))
-        job.notify(state, _progress(job, state, j + 1, state.scores[:, 1], state.discrete))
+        job.notify(state, progress(job, state, j + 1, state.scores[:, 1], state.discrete))
         return state
     state = state._replace(round=state.round + np.int32(1), phase=np.int32(SELECT), step=np.int32(0))
-    job.notify(state, _progress(job, state, j + 1, state.scores[:, 1], state.discrete, phase="discrete"))
+    job.notify(state, progress(job, state, j + 1, state.scores[:, 1], state.discrete, phase="discrete"))
     return state
-
-
-def _improve(job: Job, state: State, j: int) -> State:
-    """Choose the best restart of batch j, add its tokens to the pools, and search them by beam."""
-    r, config, problem = int(state.round), job.config, job.problems[j]
-    candidates = jax.device_get(programs.at(state.descent.candidate, j))
-    tokens = _tokens(job, candidates.embeds)
-    scores = [_scorer(job, j, programs.at(candidates, n))(tokens[n : n + 1])[0] for n in range(config.restarts)]
-    n = int(np.argmin(scores))
-    solution, continuous = programs.at(candidates, n), tokens[n]
-    free = np.asarray(problem.known.free)
-    pools = np.array(state.pools)
-    for row in range(len(free)):
-        pools[j, row, tokens[:, row][:, free[row]]] = True
-    now = _progress(job, state, j, state.scores[:, 1], None)
-    tick = lambda count: job.notify(None, now._replace(scored=count))  # noqa: E731
-    score = _scorer(job, j, solution, tick)
-    previous = state.discrete[j]
-    found, value = continuous, float(scores[n])
-    if config.sweeps:
-        begin = _discrete_starts(job, j, r, continuous, previous, free)
-        allowed = [_allowed(problem, pools[j, row]) for row in range(len(free))]
-        found, value = beam.search(score, begin, free, allowed, width=config.beam, sweeps=config.sweeps)
-    update = lambda array, new: _with(array, j, new)  # noqa: E731
-    stages = np.array(state.stages)
-    stages[j, r] = scores[n], value
-    return state._replace(
-        solution=jax.tree.map(lambda old, new: old.at[j].set(new), jax.tree.map(jnp.asarray, state.solution), solution),
-        pools=pools,
-        continuous=update(state.continuous, continuous),
-        discrete=update(state.discrete, found),
-        scores=update(state.scores, (scores[n], value)),
-        done=update(state.done, bool(config.sweeps) and _unmoved(found, continuous, previous)),
-        stages=stages,
-    )
-
-
-def _unmoved(found: np.ndarray, continuous: np.ndarray, previous: np.ndarray) -> bool:
-    """Early stop: the beam changed nothing, or brought back the last round's solution."""
-    return np.array_equal(found, continuous) or np.array_equal(found, previous)
-
-
-def _with(array: np.ndarray, j: int, value: Any) -> np.ndarray:
-    changed = np.array(array)
-    changed[j] = value
-    return changed
-
-
-def _scorer(job: Job, j: int, candidate: Candidate, tick: Callable[[int], None] | None = None) -> scoring.Score:
-    if job.config.score_masks == "off":
-        candidate = candidate._replace(masks=None)
-    context = programs.context(job.problems[j], job.programs.mesh, job.shared)
-    score = lambda ids: job.programs.score(ids, candidate, context)  # noqa: E731
-    devices = job.programs.mesh.size
-    chunk = job.config.chunk or programs.CHUNK
-    return scoring.chunked(score, max(1, chunk // devices) * devices, tick, multiple=devices)
-
-
-def _discrete_starts(job: Job, j: int, r: int, continuous, previous, free) -> Int[np.ndarray, "n b t"]:
-    """The continuous solution, the previous discrete one, and permutations of the former, each row its own."""
-    key = _round_keys(job, r)[j, 1]
-    rows = [continuous[None]] + ([previous[None]] if r > 0 else [])
-    if job.config.permutations:
-        draw = jax.vmap(lambda key: moves.permutation(key, jnp.asarray(free), shared=False))
-        sources = np.asarray(draw(jax.random.split(key, job.config.permutations)))
-        rows.append(np.take_along_axis(np.broadcast_to(continuous[None], sources.shape), sources, axis=2))
-    return np.ascontiguousarray(np.concatenate(rows), dtype=np.int32)
-
-
-def _allowed(problem: Problem, pool: Bool[np.ndarray, " v"]) -> Int[np.ndarray, " p"]:
-    """Tokens of a pool that may be placed: no special ones where lengths are known, else [PAD] and [SEP] always."""
-    vocabulary = problem.vocabulary
-    pool = np.array(pool)
-    pool[[i for i in vocabulary.special if i < len(pool)]] = False
-    if not problem.lengths:
-        pool[[i for i in (vocabulary.pad, vocabulary.sep) if i is not None]] = True
-    return np.flatnonzero(pool).astype(np.int32)
-
-
-def _progress(job: Job, state: State, step: int, loss, ids, phase: str | None = None) -> Progress:
-    name = phase or PHASES[int(state.phase)]
-    steps = job.config.steps if name == "continuous" else len(job.problems)
-    ended = name == "discrete" and int(state.phase) == SELECT
-    return Progress(int(state.round) - int(ended), name, step, steps, np.asarray(loss), ids)
 
 
 def _result(job: Job, state: State, j: int) -> Result:

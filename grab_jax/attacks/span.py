@@ -14,13 +14,14 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from grab_jax.attacks.grab import OnSegment, Progress
+from grab_jax.attacks.state import OnSegment, Progress
 from grab_jax.config import AttackConfig
 from grab_jax.models import first_attention
 from grab_jax.span import assemble, subspace
-from grab_jax.span.decode import Row, decode
+from grab_jax.span.decode import decode
 from grab_jax.span.inputs import FirstAttention, normalise
 from grab_jax.span.members import members
+from grab_jax.span.search import Row
 from grab_jax.types import Problem, Result
 
 WHOLE = 1e-3

@@ -8,86 +8,23 @@ row. *Gaps*: while dimensions are missing, the whole vocabulary is scanned again
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from grab_jax.span import box
-from grab_jax.span.inputs import FirstAttention, embed, normalise
-from grab_jax.span.polish import polish
+from grab_jax.span.inputs import FirstAttention, embed
+from grab_jax.span.scaling import bucket, scaled_space
+from grab_jax.span.search import Row, Search
 
 BLOCK = 512
 """Vocabulary rows in one step of the scan: small enough to stay in a CPU's cache."""
 BEST = 64
 PROMISING = 0.3
-
-
-class Row(NamedTuple):
-    """One input row: `values` is the layer's input before any later norm, `kept` its dropout mask."""
-
-    position: int
-    token: int
-    values: Float[np.ndarray, " d"]
-    kept: Bool[np.ndarray, " d"]
-    certificate: float
-
-
-class Space(NamedTuple):
-    """The subspace as the solver wants it: coordinates scaled to unit size over the vocabulary.
-
-    `basis` `[d, r]` is orthonormal in scaled coordinates, `padded` the same in float32 with columns of zeros up to a
-    bucket; `inputs` `[d, r]` spans the layer's inputs themselves.
-    """
-
-    scale: Float[np.ndarray, " d"]
-    basis: Float[np.ndarray, "d r"]
-    padded: Float[Array, "d p"]
-    inputs: Float[np.ndarray, "d r"]
-
-
-def space(first: FirstAttention, basis: Float[np.ndarray, "d r"]) -> Space:
-    """Prepare a subspace of layer inputs for the solver.
-
-    Where a norm follows the dropout, `x = scale (h - mean) / deviation + shift`, so h lies in the span of
-    `basis / scale`, `shift / scale` and 1: two more basis vectors shared by all rows.
-    """
-    inputs = basis
-    if first.later is not None:
-        gain, shift = (np.asarray(part, np.float64) for part in first.later[:2])
-        more = [np.ones(len(gain))] + ([shift / gain] if np.linalg.norm(shift) > 1e-6 else [])
-        basis = np.concatenate([basis / gain[:, None]] + [(m / np.linalg.norm(m))[:, None] for m in more], axis=1)
-        basis = np.linalg.qr(basis)[0]
-    scale = _scale(first)
-    scaled = np.linalg.qr(basis * scale[:, None])[0]
-    width = bucket(scaled.shape[1], 8)
-    padded = np.zeros((len(scale), min(width, max(len(scale), scaled.shape[1]))), np.float32)
-    padded[:, : scaled.shape[1]] = scaled
-    return Space(scale, scaled, jnp.asarray(padded), inputs)
-
-
-def bucket(size: int, least: int) -> int:
-    """The next of 8, 12, 16, 24, 32, 48, ... (from `least`, a power of 2) at or above `size`: few shapes."""
-    width = least
-    while width < size:
-        width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
-    return width
-
-
-def _scale(first: FirstAttention) -> Float[np.ndarray, " d"]:
-    """One over the root mean square of each coordinate, over the vocabulary at a few positions."""
-    sizes = [np.asarray(_mean_square(first, p)) for p in range(min(4, len(first.places)))]
-    return 1 / np.sqrt(np.maximum(np.mean(sizes, axis=0), 1e-12)).astype(np.float64)
-
-
-@jax.jit
-def _mean_square(first: FirstAttention, position) -> Float[Array, " d"]:
-    return (embed(first, None, position) ** 2).mean(0)
 
 
 @partial(jax.jit, static_argnames=("iterations", "best"))
@@ -134,107 +71,6 @@ def _refine(rows, basis, *, iterations: int):
 _embed = jax.jit(embed)
 
 
-class Search:
-    """Rows found so far, and what they leave open.
-
-    A row is accepted only if it raises the rank of the set, so there are never more than r of them.
-    """
-
-    def __init__(self, first: FirstAttention, space: Space, *, accept: float, tolerance: float):
-        self.first, self.space, self.accept, self.tolerance = first, space, accept, tolerance
-        self.rows: list[Row] = []
-        self.suspects: set[tuple[int, int]] = set()
-        self._inputs = np.zeros((space.inputs.shape[1], 0))
-        self._scaled = np.zeros((space.basis.shape[1], 0))
-        rate, d = float(first.rate), len(space.scale)
-        self._least = (1 - rate) - 6 * np.sqrt(rate * (1 - rate) / d) - 1e-9 if rate else 0.99
-
-    @property
-    def missing(self) -> int:
-        """Dimensions no accepted row accounts for."""
-        return self.space.inputs.shape[1] - len(self.rows)
-
-    def direction(self, generator: np.random.Generator, count: int) -> Float[np.ndarray, "n d"]:
-        """Random goals, orthogonal (in scaled coordinates) to every accepted row."""
-        draw = generator.standard_normal((count, self.space.basis.shape[1]))
-        draw -= draw @ self._scaled @ self._scaled.T
-        return (draw / np.linalg.norm(draw, axis=1, keepdims=True)) @ self.space.basis.T
-
-    def outside(self, z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
-        """Share of each scaled point that no accepted row explains."""
-        inside = z @ self.space.basis
-        rest = inside - inside @ self._scaled @ self._scaled.T
-        return np.linalg.norm(rest, axis=1) / np.maximum(np.linalg.norm(inside, axis=1), 1e-12)
-
-    def counts(self) -> dict[tuple[int, int], int]:
-        """Accepted rows of each (position, token)."""
-        return Counter((row.position, row.token) for row in self.rows)
-
-    def never_dropped(self, tokens: np.ndarray, positions: np.ndarray) -> Bool[np.ndarray, "n d"]:
-        """Coordinates that every accepted copy of each (position, token) keeps."""
-        kept: dict[tuple[int, int], np.ndarray] = {}
-        for row in self.rows:
-            pair = (row.position, row.token)
-            kept[pair] = kept.get(pair, True) & row.kept
-        every = np.ones(len(self.space.scale), bool)
-        return np.stack([kept.get(pair, every) for pair in zip(positions.tolist(), tokens.tolist(), strict=True)])
-
-    def take(self, tokens: np.ndarray, positions: np.ndarray, z: Float[np.ndarray, "n d"]) -> int:
-        """Polish the nearly binary solutions `z` (scaled) and accept what is certified and new; returns how many."""
-        targets = np.asarray(_embed(self.first, tokens, positions), np.float64) * self.space.scale
-        go = self._nearly_binary(targets, z)
-        kept = np.abs(z[go] - targets[go]) <= np.abs(z[go])
-        go = go[self._distinct(kept, tokens[go], positions[go])]
-        if not len(go):
-            return 0
-        found = polish(targets[go], self.space.basis, z[go], tolerance=self.tolerance, accept=self.accept)
-        good = (found.certificate > self.accept) & (found.kept.mean(-1) > self._least)
-        before = len(self.rows)
-        for i in sorted(np.flatnonzero(good), key=lambda i: -found.certificate[i]):
-            values = found.rows[i] / self.space.scale
-            row = Row(int(positions[go[i]]), int(tokens[go[i]]), values, found.kept[i], float(found.certificate[i]))
-            self._accept(row)
-        return len(self.rows) - before
-
-    def _nearly_binary(self, targets, z) -> Int[np.ndarray, " m"]:
-        size = np.abs(targets).mean(-1, keepdims=True)
-        distance = np.minimum(np.abs(z - targets), np.abs(z)) / size
-        kept = (np.abs(z - targets) <= np.abs(z)).mean(-1)
-        new = self.outside(z) > 0.02 if self.rows else np.ones(len(z), bool)
-        return np.flatnonzero(((distance < 0.08).mean(-1) >= 0.72) & (kept > self._least - 0.15) & new)
-
-    @staticmethod
-    def _distinct(kept, tokens, positions) -> list[int]:
-        """First of each group of equal masks of one token."""
-        chosen: list[int] = []
-        for i in range(len(kept)):
-            same = (j for j in chosen if tokens[j] == tokens[i] and positions[j] == positions[i])
-            if not any((kept[i] != kept[j]).mean() < 0.03 for j in same):
-                chosen.append(i)
-        return chosen
-
-    def _accept(self, row: Row) -> None:
-        if not self.missing:
-            return
-        values = row.values if self.first.later is None else normalise(self.first.later, row.values[None])[0]
-        inputs = _new_part(values @ self.space.inputs, self._inputs)
-        scaled = _new_part((row.values * self.space.scale) @ self.space.basis, self._scaled)
-        if inputs is None or scaled is None:
-            return
-        self._inputs = np.concatenate([self._inputs, inputs[:, None]], axis=1)
-        self._scaled = np.concatenate([self._scaled, scaled[:, None]], axis=1)
-        self.rows.append(row)
-
-
-def _new_part(x: np.ndarray, known: np.ndarray, tolerance: float = 1e-4) -> np.ndarray | None:
-    """The unit vector along what `x` adds to the orthonormal columns `known`, None if that is nothing."""
-    x = x / np.linalg.norm(x)
-    for _ in range(2):
-        x = x - known @ (known.T @ x)
-    size = np.linalg.norm(x)
-    return x / size if size > tolerance else None
-
-
 def decode(
     first: FirstAttention,
     basis: Float[np.ndarray, "d r"],
@@ -252,7 +88,7 @@ def decode(
       tolerance: see `polish`.
       notify: called with (rows found, rank) after every step.
     """
-    search = Search(first, space(first, basis), accept=accept, tolerance=tolerance)
+    search = Search(first, scaled_space(first, basis), accept=accept, tolerance=tolerance)
     generator = np.random.default_rng(seed)
     _scan(search, notify)
     while search.missing and (search.rows or search.suspects):

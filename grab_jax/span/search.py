@@ -1,0 +1,128 @@
+"""The input rows found so far, and what they leave open of the subspace."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from grab_jax.span.inputs import FirstAttention, embed, normalise
+from grab_jax.span.polish import polish
+from grab_jax.span.scaling import Space
+
+
+class Row(NamedTuple):
+    """One input row: `values` is the layer's input before any later norm, `kept` its dropout mask."""
+
+    position: int
+    token: int
+    values: Float[np.ndarray, " d"]
+    kept: Bool[np.ndarray, " d"]
+    certificate: float
+
+
+_embed = jax.jit(embed)
+
+
+class Search:
+    """Rows found so far, and what they leave open.
+
+    A row is accepted only if it raises the rank of the set, so there are never more than r of them.
+    """
+
+    def __init__(self, first: FirstAttention, space: Space, *, accept: float, tolerance: float):
+        self.first, self.space, self.accept, self.tolerance = first, space, accept, tolerance
+        self.rows: list[Row] = []
+        self.suspects: set[tuple[int, int]] = set()
+        self._inputs = np.zeros((space.inputs.shape[1], 0))
+        self._scaled = np.zeros((space.basis.shape[1], 0))
+        rate, d = float(first.rate), len(space.scale)
+        self._least = (1 - rate) - 6 * np.sqrt(rate * (1 - rate) / d) - 1e-9 if rate else 0.99
+
+    @property
+    def missing(self) -> int:
+        """Dimensions no accepted row accounts for."""
+        return self.space.inputs.shape[1] - len(self.rows)
+
+    def direction(self, generator: np.random.Generator, count: int) -> Float[np.ndarray, "n d"]:
+        """Random goals, orthogonal (in scaled coordinates) to every accepted row."""
+        draw = generator.standard_normal((count, self.space.basis.shape[1]))
+        draw -= draw @ self._scaled @ self._scaled.T
+        return (draw / np.linalg.norm(draw, axis=1, keepdims=True)) @ self.space.basis.T
+
+    def outside(self, z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
+        """Share of each scaled point that no accepted row explains."""
+        inside = z @ self.space.basis
+        rest = inside - inside @ self._scaled @ self._scaled.T
+        return np.linalg.norm(rest, axis=1) / np.maximum(np.linalg.norm(inside, axis=1), 1e-12)
+
+    def counts(self) -> dict[tuple[int, int], int]:
+        """Accepted rows of each (position, token)."""
+        return Counter((row.position, row.token) for row in self.rows)
+
+    def never_dropped(self, tokens: np.ndarray, positions: np.ndarray) -> Bool[np.ndarray, "n d"]:
+        """Coordinates that every accepted copy of each (position, token) keeps."""
+        kept: dict[tuple[int, int], np.ndarray] = {}
+        for row in self.rows:
+            pair = (row.position, row.token)
+            kept[pair] = kept.get(pair, True) & row.kept
+        every = np.ones(len(self.space.scale), bool)
+        return np.stack([kept.get(pair, every) for pair in zip(positions.tolist(), tokens.tolist(), strict=True)])
+
+    def take(self, tokens: np.ndarray, positions: np.ndarray, z: Float[np.ndarray, "n d"]) -> int:
+        """Polish the nearly binary solutions `z` (scaled) and accept what is certified and new; returns how many."""
+        targets = np.asarray(_embed(self.first, tokens, positions), np.float64) * self.space.scale
+        go = self._nearly_binary(targets, z)
+        kept = np.abs(z[go] - targets[go]) <= np.abs(z[go])
+        go = go[self._distinct(kept, tokens[go], positions[go])]
+        if not len(go):
+            return 0
+        found = polish(targets[go], self.space.basis, z[go], tolerance=self.tolerance, accept=self.accept)
+        good = (found.certificate > self.accept) & (found.kept.mean(-1) > self._least)
+        before = len(self.rows)
+        for i in sorted(np.flatnonzero(good), key=lambda i: -found.certificate[i]):
+            values = found.rows[i] / self.space.scale
+            row = Row(int(positions[go[i]]), int(tokens[go[i]]), values, found.kept[i], float(found.certificate[i]))
+            self._accept(row)
+        return len(self.rows) - before
+
+    def _nearly_binary(self, targets, z) -> Int[np.ndarray, " m"]:
+        size = np.abs(targets).mean(-1, keepdims=True)
+        distance = np.minimum(np.abs(z - targets), np.abs(z)) / size
+        kept = (np.abs(z - targets) <= np.abs(z)).mean(-1)
+        new = self.outside(z) > 0.02 if self.rows else np.ones(len(z), bool)
+        return np.flatnonzero(((distance < 0.08).mean(-1) >= 0.72) & (kept > self._least - 0.15) & new)
+
+    @staticmethod
+    def _distinct(kept, tokens, positions) -> list[int]:
+        """First of each group of equal masks of one token."""
+        chosen: list[int] = []
+        for i in range(len(kept)):
+            same = (j for j in chosen if tokens[j] == tokens[i] and positions[j] == positions[i])
+            if not any((kept[i] != kept[j]).mean() < 0.03 for j in same):
+                chosen.append(i)
+        return chosen
+
+    def _accept(self, row: Row) -> None:
+        if not self.missing:
+            return
+        values = row.values if self.first.later is None else normalise(self.first.later, row.values[None])[0]
+        inputs = _new_part(values @ self.space.inputs, self._inputs)
+        scaled = _new_part((row.values * self.space.scale) @ self.space.basis, self._scaled)
+        if inputs is None or scaled is None:
+            return
+        self._inputs = np.concatenate([self._inputs, inputs[:, None]], axis=1)
+        self._scaled = np.concatenate([self._scaled, scaled[:, None]], axis=1)
+        self.rows.append(row)
+
+
+def _new_part(x: np.ndarray, known: np.ndarray, tolerance: float = 1e-4) -> np.ndarray | None:
+    """The unit vector along what `x` adds to the orthonormal columns `known`, None if that is nothing."""
+    x = x / np.linalg.norm(x)
+    for _ in range(2):
+        x = x - known @ (known.T @ x)
+    size = np.linalg.norm(x)
+    return x / size if size > tolerance else None
