@@ -9,6 +9,7 @@ from span_client import FAMILIES, HEADS, VOCABULARY, Fed, client, fed, sentence
 from grab_jax import tuning
 from grab_jax.models import first_attention
 from grab_jax.span import assemble
+from grab_jax.span import merged as merged_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 LENGTHS = {"bert": (3, 5, 4), "roberta": (3, 5, 4), "gpt2": (3, 6, 5)}
@@ -134,7 +135,7 @@ def merged(family, sentences, rows=None):
     rows = fed(truth).distinct() if rows is None else rows
     vocabulary = VOCABULARY[family]
     ends = {"cls": vocabulary.cls, "sep": vocabulary.sep}
-    found = assemble.assemble_merged(projected(truth, rows.inputs), rows.positions, rows.tokens, **ends)
+    found = merged_rows.assemble_merged(projected(truth, rows.inputs), rows.positions, rows.tokens, **ends)
     assert all(rows.positions[list(s.rows)].tolist() == list(range(len(s.rows))) for s in found)
     assert all(s.residual < 1e-4 for s in found)
     return [tuple(rows.tokens[list(s.rows)].tolist()) for s in found], rows

@@ -269,7 +269,7 @@ def test_a_certified_sentence_has_every_position_and_its_ends():
     """One row of a true batch renamed: the residual alone would still be small."""
     truth = client("bert", drawn("bert", (3, 6, 4)))
     rows = [span.Row(p, t, np.ones(4), np.ones(4, bool), 1.0) for p, t in enumerate((2, 20, 3))]
-    sentence = lambda *rows, residual=1e-6: span.assemble.Sentence(rows, residual)  # noqa: E731
+    sentence = lambda *rows, residual=1e-6: span.Sentence(rows, residual)  # noqa: E731
     ok = lambda s, rows=rows: span.certified(s, rows, truth.problem)  # noqa: E731
     assert ok(sentence(0, 1, 2))
     assert not ok(sentence(0, 1, 2, residual=5e-3))

@@ -49,6 +49,7 @@ class Planted(NamedTuple):
     kept: np.ndarray
     values: np.ndarray
     basis: np.ndarray
+    gradient: np.ndarray
 
 
 def plant(late=False, rate=0.1, sentences=SENTENCES, seed=0, first=None):
@@ -65,7 +66,7 @@ def plant(late=False, rate=0.1, sentences=SENTENCES, seed=0, first=None):
     fed = (plain_norm(values, first.later) if late else values).astype(np.float32)
     gradient = fed.T @ rng.normal(size=(len(pairs), 3 * WIDTH)).astype(np.float32)
     basis = np.linalg.svd(gradient.astype(np.float64), full_matrices=False)[0][:, : len(pairs)]
-    return Planted(on_device(first), pairs, kept, values, basis)
+    return Planted(on_device(first), pairs, kept, values, basis, gradient.astype(np.float64))
 
 
 def found_all(rows, planted):
@@ -212,13 +213,18 @@ def test_scan_ranks_the_tokens_of_each_position_first():
 # --- members ------------------------------------------------------------------------------------------------------
 
 
+def decoded(planted):
+    near = members.members(planted.first, planted.basis, [planted.gradient])
+    return members.independent(near, planted.basis)
+
+
 @pytest.mark.parametrize("late", LATE.values(), ids=LATE)
 def test_members_are_the_rows_sorted_and_in_float64(late):
     planted = plant(late, rate=0.0)
-    found = members.members(planted.first, planted.basis)
-    assert [(position, token) for position, token, _, _ in found] == planted.pairs
+    found = decoded(planted)
+    assert [member[:2] for member in found] == planted.pairs
     host = layer(late, 0.0)
-    for position, token, row, away in found:
+    for position, token, row, away, *_ in found:
         x = host.words[token].astype(np.float64) + host.places[position]
         np.testing.assert_allclose(row, plain_norm(x, host.later if late else host.norm), rtol=1e-6, atol=1e-9)
         outside = row - planted.basis @ (planted.basis.T @ row)
@@ -231,27 +237,29 @@ def test_members_are_the_rows_sorted_and_in_float64(late):
 def test_ghosts_are_told_from_members(seed, late):
     """(50, 1), (60, 1) and (50, 2) are there, so (60, 2) is nearly in the span: all but the norm adds up."""
     planted = plant(late, 0.0, ((2, 50, 50, 8), (2, 60, 9, 50), (2, 70, 70)), seed)
-    found = members.members(planted.first, planted.basis)
-    assert [(position, token) for position, token, _, _ in found] == planted.pairs
+    found = decoded(planted)
+    assert [member[:2] for member in found] == planted.pairs
 
 
 @pytest.mark.parametrize("size", [40, 513])
 def test_members_of_small_and_odd_vocabularies(size):
     first = layer(False, 0.0, vocabulary=size)
     planted = plant(False, 0.0, ((size - 1, size - 2, size - 1), (1, size - 1)), first=first)
-    found = members.members(planted.first, planted.basis)
-    assert [(position, token) for position, token, _, _ in found] == planted.pairs
+    found = decoded(planted)
+    assert [member[:2] for member in found] == planted.pairs
 
 
 def test_other_spaces_have_no_members():
     planted = plant(rate=0.0)
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=planted.basis.shape))[0]
-    assert members.members(planted.first, basis) == []
+    assert members.members(planted.first, basis, [planted.gradient]) == []
 
 
 def test_members_notify_counts_up_to_the_rank():
     planted, seen = plant(rate=0.0), []
-    members.members(planted.first, planted.basis, notify=lambda found, rank: seen.append((found, rank)))
+    members.members(
+        planted.first, planted.basis, [planted.gradient], notify=lambda found, rank: seen.append((found, rank))
+    )
     rank = len(planted.pairs)
     assert seen[-1] == (rank, rank)
     assert all(found <= rank == told for found, told in seen)

@@ -7,25 +7,31 @@ Under a next-token loss a sentence's last token has no gradient (`evidence["open
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from grab_jax import tuning
 from grab_jax.attacks.state import OnSegment, Progress
 from grab_jax.config import AttackConfig
 from grab_jax.models import first_attention
-from grab_jax.span import assemble, subspace
+from grab_jax.span import assemble, context, members, subspace
+from grab_jax.span.assemble import Sentence
 from grab_jax.span.decode import decode
 from grab_jax.span.inputs import FirstAttention, normalise
-from grab_jax.span.members import members
+from grab_jax.span.merged import assemble_merged
 from grab_jax.span.search import Row
 from grab_jax.types import Problem, Result
 
 WHOLE = 1e-3
 """Largest residual of a certified sentence: measured below 1e-5 for right ones, above 1e-2 for wrong ones."""
+CONTEXT = 1e-4
+"""Largest residual at the second layer of a sentence found without dropout: 5e-7 for right ones."""
+UNSURE = 0.9
+"""Certificates of rows that others could replace stay below this."""
 
 Notify = Callable[[int, int], None]
 
@@ -69,9 +75,10 @@ def recover(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> Re
     reason = not_testable(found, model.width)
     if reason:
         return _nothing(problem, found, reason)
-    rows = _rows(first, found.basis, seed, notify)
-    sentences = _sentences(problem, first, gradients, rows)
-    return _result(problem, found, rows, sentences)
+    if problem.dropout:
+        rows = decode(first, found.basis, seed=seed, notify=notify)
+        return _result(problem, found, rows, _sentences(problem, first, gradients, rows))
+    return _result(problem, found, *_without_dropout(problem, first, found.basis, gradients, seed, notify))
 
 
 def not_testable(found: subspace.Spectrum, width: int) -> str | None:
@@ -83,31 +90,90 @@ def not_testable(found: subspace.Spectrum, width: int) -> str | None:
     return None
 
 
-def _rows(first: FirstAttention, basis, seed: int, notify: Notify) -> list[Row]:
-    if first.rate:
-        return decode(first, basis, seed=seed, notify=notify)
-    near = members(first, basis, notify=notify)
-    # Without dropout a row's certificate is how little of it lies outside the span.
-    return [Row(p, t, row, np.ones(len(row), bool), 1.0 - away) for p, t, row, away in near]
-
-
-def _sentences(problem: Problem, first: FirstAttention, gradients, rows: list[Row]) -> list[assemble.Sentence]:
+def _sentences(problem: Problem, first: FirstAttention, gradients, rows: list[Row]) -> list[Sentence]:
     if not rows:
         return []
+    matrix = assemble.equations(_projections(problem, first, gradients, rows)).reshape(len(rows), -1)
+    return assemble.assemble(matrix, np.array([row.position for row in rows])).sentences
+
+
+def _projections(problem: Problem, first: FirstAttention, gradients, rows: list[Row]) -> assemble.Projections:
     inputs = np.stack([row.values for row in rows])
     if first.later is not None and first.rate:
         inputs = normalise(first.later, inputs)
-    heads = problem.model.config.num_attention_heads
-    projected = assemble.projections(inputs, gradients, first.query, first.key, heads)
-    positions, tokens = (np.array(column) for column in list(zip(*rows, strict=True))[:2])
-    if first.rate:
-        matrix = assemble.equations(projected).reshape(len(rows), -1)
-        return assemble.assemble(matrix, positions).sentences
+    return assemble.projections(inputs, gradients, first.query, first.key, problem.model.config.num_attention_heads)
+
+
+def _without_dropout(
+    problem: Problem, first: FirstAttention, basis, gradients, seed: int, notify: Notify
+) -> tuple[list[Row], list[Sentence]]:
+    """Rows and sentences where equal rows are merged, and more rows may lie in the span than are in the batch."""
+    near = members.members(first, basis, gradients, seed=seed, notify=notify)
+    likely = members.independent(near, basis)
+    if not likely:
+        return [], []
     ends = {"cls": problem.vocabulary.cls, "sep": problem.vocabulary.sep}
-    return assemble.assemble_merged(projected, positions, tokens, **ends)
+    rows = [_row(member) for member in likely]
+    positions, tokens = (np.array(column) for column in list(zip(*likely, strict=True))[:2])
+    second, complete = _second(problem), False
+    patience = 4 if second is None else 0  # the search that follows is the better one
+    equations = _projections(problem, first, gradients, rows)
+    sentences = assemble_merged(equations, positions, tokens, patience=patience, **ends)
+    found = {tuple(likely[i].token for i in sentence.rows): sentence.residual for sentence in sentences}
+    if second is not None:
+        found = _by_context(problem, second, near, likely, list(found), seed, notify)
+        complete = sum(map(len, found)) == second.basis.shape[1]
+    used = {pair for ids in found for pair in enumerate(ids)}
+    rows = [_row(m._replace(sure=True)) for m in near if m[:2] in used]
+    rows += [_row(m) for m in likely if m[:2] not in used and not complete]
+    number = {row[:2]: i for i, row in enumerate(rows)}
+    return rows, [Sentence(tuple(number[pair] for pair in enumerate(ids)), away) for ids, away in found.items()]
 
 
-def certified(sentence: assemble.Sentence, rows: Sequence[Row], problem: Problem) -> bool:
+def _row(member: members.Member) -> Row:
+    """Without dropout a row's certificate is how little of it lies outside the span, if no others can replace it."""
+    certificate = 1.0 - member.away if member.sure else UNSURE * member.share
+    return Row(member.position, member.token, member.values, np.ones(len(member.values), bool), certificate)
+
+
+def _second(problem: Problem) -> context.Second | None:
+    """The second attention layer as a judge of whole sentences; None where it cannot be one."""
+    model, vocabulary = problem.model, problem.vocabulary
+    if model.config.num_hidden_layers < 2 or vocabulary.cls is None or vocabulary.sep is None:
+        return None
+    if not set(first_attention.paths(model, 1)) <= problem.observed.keys():
+        return None
+    found = subspace.spectrum(first_attention.gradients(model, problem.observed, 1))
+    if not 0 < found.rank < model.width:
+        return None
+    params = tuning.merge(problem.trainable, problem.frozen)
+    return context.Second(lambda ids, real: first_attention.inputs(model, params, ids, real, layer=1), found.basis)
+
+
+def _by_context(
+    problem: Problem, second: context.Second, near, likely, assembled, seed: int, notify: Notify
+) -> dict[tuple[int, ...], float]:
+    """Sentences that the second layer proves, with their residuals: of the assembled ones, then by search."""
+    ends = {"cls": problem.vocabulary.cls, "sep": problem.vocabulary.sep}
+    search = context.Search(second, whole=CONTEXT, seed=seed, notify=notify, **ends)
+    for sentence in assembled:
+        search.check(sentence)
+    chosen = {m[:2] for m in likely}
+    narrow, wide = _choices(m for m in near if m.share or m[:2] in chosen), _choices(near)
+    search.draw(narrow)
+    while not search.complete and (search.draw(narrow) or search.widen(wide)):
+        pass
+    return search.found
+
+
+def _choices(near: Iterable[members.Member]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for member in near:
+        found.setdefault(member.position, []).append(member.token)
+    return found
+
+
+def certified(sentence: Sentence, rows: Sequence[Row], problem: Problem) -> bool:
     """Whether a sentence is proven: its equations hold, every position is there once, and its ends are right."""
     members_ = [rows[i] for i in sentence.rows]
     if sentence.residual > WHOLE or [row.position for row in members_] != list(range(len(members_))):

@@ -1,26 +1,33 @@
-"""Where each architecture keeps its first attention layer: the bridge from a model to span decoding."""
+"""Where each architecture keeps its first attention layers: the bridge from a model to span decoding."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial, reduce
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from grab_jax.span.inputs import FirstAttention, Norm
+from grab_jax.types import Params
 
 _PREFIX = {
-    "bert": "bert/encoder/layer_0/attention/self/",
-    "roberta": "roberta/encoder/layer_0/attention/self/",
-    "gpt2": "transformer/h_0/attn/",
+    "bert": "bert/encoder/layer_{}/attention/self/",
+    "roberta": "roberta/encoder/layer_{}/attention/self/",
+    "gpt2": "transformer/h_{}/attn/",
 }
+
+
+def _prefix(model: Any, layer: int = 0) -> str:
+    return _PREFIX[model.family].format(layer)
 
 
 def describe(model: Any, flat: Mapping[str, Array]) -> FirstAttention:
     """Read a model's first attention layer from its flat parameters (`tuning.flatten`)."""
-    prefix = _PREFIX[model.family]
+    prefix = _prefix(model)
     words, places = flat[model.word_table], flat[model.position_table]
     if model.family == "gpt2":
         kernels = jnp.split(flat[prefix + "c_attn/kernel"], 3, axis=1)
@@ -39,18 +46,26 @@ def describe(model: Any, flat: Mapping[str, Array]) -> FirstAttention:
     return FirstAttention(words, places, norm, rate, later, (kernels[0], biases[0]), (kernels[1], biases[1]))
 
 
-def gradients(model: Any, update: Mapping[str, Array]) -> list[Float[np.ndarray, "d o"]]:
+def gradients(model: Any, update: Mapping[str, Array], layer: int = 0) -> list[Float[np.ndarray, "d o"]]:
     """The query, key and value kernels' part of an update, in float64 on the host."""
-    prefix = _PREFIX[model.family]
-    if model.family == "gpt2":
-        return np.split(np.asarray(update[prefix + "c_attn/kernel"], np.float64), 3, axis=1)
-    return [np.asarray(update[f"{prefix}{name}/kernel"], np.float64) for name in ("query", "key", "value")]
+    kernels = [np.asarray(update[path], np.float64) for path in paths(model, layer)]
+    return np.split(kernels[0], 3, axis=1) if model.family == "gpt2" else kernels
 
 
-def paths(model: Any) -> list[str]:
+def paths(model: Any, layer: int = 0) -> list[str]:
     """The tensors `gradients` reads."""
-    prefix = _PREFIX[model.family]
-    return [f"{prefix}{name}/kernel" for name in (("c_attn",) if model.family == "gpt2" else ("query", "key", "value"))]
+    names = ("c_attn",) if model.family == "gpt2" else ("query", "key", "value")
+    return [f"{_prefix(model, layer)}{name}/kernel" for name in names]
+
+
+@partial(jax.jit, static_argnames=("model", "layer"))
+def inputs(
+    model: Any, params: Params, ids: Int[Array, "n t"], attention: Bool[Array, "n t"], *, layer: int
+) -> Float[Array, "n t d"]:
+    """What an attention layer is fed, without dropout."""
+    zeros = model.zero_perturbations(params, ids, attention)
+    taps = model.apply_tapped(params, zeros, ids, attention)[1]
+    return reduce(lambda node, name: node[name], paths(model, layer)[0].split("/")[:-1], taps)["x"]
 
 
 def _norm(flat: Mapping[str, Array], path: str, epsilon: float) -> Norm:

@@ -1,51 +1,101 @@
-"""Members of the gradient's row space without dropout: a projection per token, ranked over all positions.
+"""Members of the gradient's row space without dropout: a projection per token, at every position.
 
-Identical (position, token) pairs are one row here. A fixed threshold would let ghosts in: with (v, p), (w, p) and
-(v, q) in the batch, (w, q) is nearly in the span, as word and position embeddings add up before the norm; only the
-order of all residuals tells them apart.
+Identical (position, token) pairs are one row here. Some rows are in the span and not in the batch: word and position
+embeddings add up before the norm, so with (v, p), (w, p) and (v, q) in the batch, (w, q) is nearly in the span, and
+exactly so once two such cycles exist (the norm's shift is then in the span as well). `pursuit` tells them apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from grab_jax.span import pursuit
 from grab_jax.span.inputs import FirstAttention, embed, normalise
 
-KEEP = 48
+KEEP = 256
 """Tokens per position whose residual is computed again in float64."""
 FAR = 1e-4
 """Relative residual no member reaches: two positions in a row without any below it end the scan."""
+NEAR = 1e-5
+"""Relative residual below which a row may be a member whatever its rank: measured 1e-7 for true rows."""
+
+
+class Member(NamedTuple):
+    """A layer input in or near the span: `values` after any later norm, `away` its relative residual.
+
+    `share` is the part of `pursuit`'s solutions that use it, `size` its part of the gradient in the first of them;
+    `sure` says that the other members cannot replace it, so the gradient's span proves it.
+    """
+
+    position: int
+    token: int
+    values: Float[np.ndarray, " d"]
+    away: float
+    share: float = 0.0
+    size: float = 0.0
+    sure: bool = False
 
 
 def members(
     first: FirstAttention,
     basis: Float[np.ndarray, "d r"],
+    gradients: Sequence[Float[np.ndarray, "d o"]],
     *,
+    seed: int = 0,
     notify: Callable[[int, int], None] = lambda found, rank: None,
-) -> list[tuple[int, int, Float[np.ndarray, " d"], float]]:
-    """The r rows `(position, token, input, relative residual)` nearest to the span of `basis`, independent.
+) -> list[Member]:
+    """All rows near the span of `basis`, the likeliest first.
 
-    Returns fewer where no more are independent; sorted by position and token.
+    Args:
+      gradients: kernels' gradients whose columns span `basis`.
+      seed: of the random starts of `pursuit`.
+      notify: called with (positions' rows found so far, rank).
     """
-    close = []
+    near: list[Member] = []
     for position in range(len(first.places)):
-        tokens = np.asarray(
-            _closest(first, jnp.asarray(basis, jnp.float32), position, best=min(KEEP, len(first.words)))
-        )
-        rows = inputs64(first, tokens, position)
-        away = np.linalg.norm(rows - rows @ basis @ basis.T, axis=1) / np.linalg.norm(rows, axis=1)
-        close += [(float(a), position, int(t), row) for a, t, row in zip(away, tokens, rows, strict=True)]
-        if position > 2 and min(c[0] for c in close if c[1] >= position - 1) > FAR:
+        near += _at(first, basis, position)
+        notify(min(basis.shape[1], len(near)), basis.shape[1])
+        if position > 2 and not any(m.position >= position - 1 and m.away < FAR for m in near):
             break
-    found = _independent(sorted(close, key=lambda c: c[0]), basis)
-    notify(len(found), basis.shape[1])
-    return found
+    inside = [m for m in near if m.away < NEAR]
+    outside = sorted((m for m in near if NEAR <= m.away < 10 * FAR), key=lambda m: m.away)
+    if inside:
+        rows = np.stack([m.values for m in inside]) @ basis
+        shares, sizes = pursuit.solutions(rows, [basis.T @ g for g in gradients], seed=seed)
+        told = zip(inside, shares, sizes, _irreplaceable(rows), strict=True)
+        inside = [m._replace(share=float(s), size=float(z), sure=bool(c)) for m, s, z, c in told]
+    return sorted(inside, key=lambda m: -m.size) + outside
+
+
+def _irreplaceable(rows: Float[np.ndarray, "n r"]) -> Bool[np.ndarray, " n"]:
+    """Rows in no linear dependency: without any one of them the rest spans less."""
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    left, values, _ = np.linalg.svd(unit, full_matrices=True)
+    rank = int((values > 1e-6 * values[0]).sum())
+    return np.linalg.norm(left[:, rank:], axis=1) < 1e-4
+
+
+def independent(near: Sequence[Member], basis: Float[np.ndarray, "d r"]) -> list[Member]:
+    """The first members that each raise the rank by a visible amount, sorted by position and token."""
+    rank, known, chosen = basis.shape[1], np.zeros((basis.shape[1], 0)), []
+    for member in near:
+        if len(chosen) == rank:
+            break
+        x = member.values @ basis
+        x = x / np.linalg.norm(x)
+        for _ in range(2):
+            x = x - known @ (known.T @ x)
+        if np.linalg.norm(x) > 1e-6:
+            known = np.concatenate([known, x[:, None] / np.linalg.norm(x)], axis=1)
+            chosen.append(member)
+    return sorted(chosen, key=lambda m: m[:2])
 
 
 def inputs64(
@@ -58,25 +108,16 @@ def inputs64(
     return rows
 
 
+def _at(first: FirstAttention, basis: Float[np.ndarray, "d r"], position: int) -> list[Member]:
+    tokens = np.asarray(_closest(first, jnp.asarray(basis, jnp.float32), position, best=min(KEEP, len(first.words))))
+    rows = inputs64(first, tokens, position)
+    away = np.linalg.norm(rows - rows @ basis @ basis.T, axis=1) / np.linalg.norm(rows, axis=1)
+    return [Member(position, int(t), row, float(a)) for t, row, a in zip(tokens, rows, away, strict=True)]
+
+
 @partial(jax.jit, static_argnames=("best",))
 def _closest(first: FirstAttention, basis: Float[Array, "d r"], position, *, best: int) -> Int[Array, " n"]:
     rows = embed(first._replace(rate=0.0), None, position)
     rows = rows if first.later is None else normalise(first.later, rows)
     inside = ((rows @ basis) ** 2).sum(-1) / (rows**2).sum(-1)
     return jax.lax.top_k(inside, best)[1]
-
-
-def _independent(close: list, basis: np.ndarray) -> list:
-    """The nearest rows that each raise the rank by a visible amount."""
-    rank, known, chosen = basis.shape[1], np.zeros((basis.shape[1], 0)), []
-    for away, position, token, row in close:
-        if len(chosen) == rank or away > 10 * FAR:
-            break
-        x = row @ basis
-        x = x / np.linalg.norm(x)
-        for _ in range(2):
-            x = x - known @ (known.T @ x)
-        if np.linalg.norm(x) > 1e-6:
-            known = np.concatenate([known, x[:, None] / np.linalg.norm(x)], axis=1)
-            chosen.append((position, token, row, away))
-    return sorted(chosen, key=lambda c: c[:2])

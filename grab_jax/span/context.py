@@ -1,0 +1,151 @@
+"""Whole sentences by the second attention layer, without dropout: its inputs depend on all of a sentence.
+
+The first layer's inputs are tokens at positions, so its gradient does not tell which of them share a sentence (and
+some in its span are no members at all). The second layer's inputs of the right sentence, computed with the weights
+the client was sent, lie in the span of its gradient to rounding, 5e-7 of their size; with one token wrong they are
+away by 1e-2 and more. A search over tokens, one position at a time, with that distance as the score, finds sentences;
+the same distance proves them. Rows are not merged there: the gradient's rank is the batch's number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from grab_jax.span.scaling import bucket
+
+MOST = 64
+"""Sentences tried at once: few shapes, and small enough for a CPU's cache."""
+FLOOR = 1e-6
+"""Residuals below this are rounding: they all count alike."""
+
+Choices = Mapping[int, Sequence[int]]
+"""Tokens that may stand at a position."""
+
+
+class Second(NamedTuple):
+    """The second attention layer: its inputs of given sentences, and the span of its gradient's columns."""
+
+    inputs: Callable[[Int[np.ndarray, "n t"], Bool[np.ndarray, "n t"]], Float[Array, "n t d"]]
+    basis: Float[np.ndarray, "d r"]
+
+    def residuals(self, ids: Int[np.ndarray, "n t"]) -> Float[np.ndarray, "n t"]:
+        """Part of each token's input outside the span, relative to its size, of sentences of one length."""
+        count, length = ids.shape
+        width = bucket(length, 8)
+        basis, parts = jnp.asarray(self.basis, jnp.float32), []
+        for start in range(0, count, MOST):
+            some = ids[start : start + MOST]
+            # Few shapes: the last sentence and the first token fill up, unseen by the others.
+            some = np.pad(some, ((0, bucket(len(some), 8) - len(some)), (0, 0)), mode="edge")
+            some = np.pad(some, ((0, 0), (0, width - length)), mode="edge")
+            real = np.broadcast_to(np.arange(width) < length, some.shape)
+            parts.append(np.asarray(_outside(self.inputs(some, real), basis)))
+        return np.concatenate(parts)[:count, :length].astype(np.float64)
+
+
+@jax.jit
+def _outside(x: Float[Array, "n t d"], basis: Float[Array, "d r"]) -> Float[Array, "n t"]:
+    rest = x - (x @ basis) @ basis.T
+    return jnp.linalg.norm(rest, axis=-1) / jnp.linalg.norm(x, axis=-1)
+
+
+class Search:
+    """Sentences whose inputs all lie in the span of the second layer's gradient.
+
+    Args:
+      cls: first token of a sentence.
+      sep: last token of a sentence; its positions are the lengths tried.
+      whole: residual below which a sentence is found.
+      notify: called with (tokens found, tokens of the batch).
+    """
+
+    def __init__(
+        self,
+        second: Second,
+        *,
+        cls: int,
+        sep: int,
+        whole: float,
+        seed: int = 0,
+        notify: Callable[[int, int], None] = lambda found, total: None,
+    ):
+        self.found: dict[tuple[int, ...], float] = {}
+        self._second, self._cls, self._sep, self._whole, self._notify = second, cls, sep, whole, notify
+        self._generator = np.random.default_rng(seed)
+        self._reached: dict[int, Int[np.ndarray, "n t"]] = {}
+
+    @property
+    def complete(self) -> bool:
+        """All tokens of the batch belong to sentences found."""
+        return self._tokens() >= self._second.basis.shape[1]
+
+    def _tokens(self) -> int:
+        return sum(map(len, self.found))
+
+    def check(self, sentence: tuple[int, ...]) -> None:
+        """Add a sentence if it is one."""
+        away = float(self._second.residuals(np.array([sentence], np.int32)).max())
+        if away < self._whole:
+            self.found[sentence] = away
+
+    def draw(self, choices: Choices, starts: int = 32) -> int:
+        """Climb from random sentences of every length; returns how many new ones were found."""
+        return self._each(choices, lambda table, _: self._drawn(table, starts))
+
+    def widen(self, choices: Choices, starts: int = 8) -> int:
+        """Climb on from the best that earlier climbs reached, with other choices; returns how many were found."""
+        return self._each(choices, lambda table, length: self._reached.get(length, self._drawn(table, starts))[:starts])
+
+    def _each(self, choices: Choices, begin: Callable[..., Int[np.ndarray, "n t"]]) -> int:
+        before = len(self.found)
+        for length in (position + 1 for position in sorted(choices) if position and self._sep in choices[position]):
+            table = self._table(choices, length)
+            if not self.complete and all(len(tokens) for tokens in table):
+                self._reached[length] = self._climb(begin(table, length), table)
+        return len(self.found) - before
+
+    def _table(self, choices: Choices, length: int) -> list[np.ndarray]:
+        """The tokens tried at each position of a sentence of this length."""
+        ends = (self._cls, self._sep)
+        inner = [[t for t in choices.get(p, ()) if t not in ends] for p in range(1, length - 1)]
+        return [np.array(tokens, np.int32) for tokens in ([self._cls], *inner, [self._sep])]
+
+    def _drawn(self, table: Sequence[np.ndarray], count: int) -> Int[np.ndarray, "n t"]:
+        """Random sentences."""
+        return np.stack([self._generator.choice(tokens, count) for tokens in table], axis=1)
+
+    def _climb(self, sentences: Int[np.ndarray, "n t"], table: Sequence[np.ndarray], sweeps: int = 8):
+        """Better tokens, one position at a time, until nothing changes; the sentences reached, the best first."""
+        scores = np.zeros(len(sentences))
+        for _ in range(sweeps):
+            before = sentences
+            for position in self._generator.permutation(len(table)):
+                if len(table[position]) > 1:
+                    sentences, scores = self._improve(sentences, int(position), table[position])
+            sentences, first = np.unique(sentences, axis=0, return_index=True)
+            scores = scores[first]
+            self._notify(self._tokens(), self._second.basis.shape[1])
+            if len(sentences) == len(before) and (sentences == np.unique(before, axis=0)).all():
+                break
+        return sentences[np.argsort(scores)]
+
+    def _improve(self, sentences, position: int, tokens: np.ndarray):
+        """The best token at one position of every sentence, and its score: the mean logarithm of the residuals."""
+        n, length = sentences.shape
+        tries = np.repeat(sentences[:, None], len(tokens), axis=1)
+        tries[:, :, position] = tokens
+        residuals = self._second.residuals(tries.reshape(-1, length)).reshape(n, len(tokens), length)
+        score = np.log(np.maximum(residuals, FLOOR)).mean(-1)
+        for hit in tries[residuals.max(-1) < self._whole]:
+            self.check(tuple(hit.tolist()))
+        for done in (np.array(s) for s in self.found if len(s) == length):
+            score[(tries == done).all(-1)] = 0.0
+        best = score.argmin(1)
+        rows = np.arange(n)
+        return tries[rows, best], score[rows, best]
