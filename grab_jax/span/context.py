@@ -98,9 +98,18 @@ class Search:
         """Climb from random sentences of every length; returns how many new ones were found."""
         return self._each(choices, lambda table, _: self._drawn(table, starts))
 
-    def widen(self, choices: Choices, starts: int = 8) -> int:
-        """Climb on from the best that earlier climbs reached, with other choices; returns how many were found."""
-        return self._each(choices, lambda table, length: self._reached.get(length, self._drawn(table, starts))[:starts])
+    def widen(self, choices: Choices, kept: int = 8, tries: int = 4096) -> int:
+        """Climb with other choices, from the best that earlier climbs reached; returns how many were found.
+
+        Random sentences are added where there are so few choices that a sweep stays below `tries` sentences.
+        """
+
+        def begin(table, length):
+            more = max(0, tries // sum(map(len, table)) - kept)
+            drawn = self._drawn(table, min(more, 10 * kept) or 1)
+            return np.concatenate([self._reached.get(length, drawn)[:kept], drawn])
+
+        return self._each(choices, begin)
 
     def _each(self, choices: Choices, begin: Callable[..., Int[np.ndarray, "n t"]]) -> int:
         before = len(self.found)
@@ -122,7 +131,8 @@ class Search:
 
     def _climb(self, sentences: Int[np.ndarray, "n t"], table: Sequence[np.ndarray], sweeps: int = 8):
         """Better tokens, one position at a time, until nothing changes; the sentences reached, the best first."""
-        scores = np.zeros(len(sentences))
+        sentences = np.unique(sentences, axis=0)
+        sentences, scores = self._improve(sentences, 0, table[0])  # where there is no choice, this is all
         for _ in range(sweeps):
             before = sentences
             for position in self._generator.permutation(len(table)):

@@ -19,7 +19,7 @@ USED = 1e-6
 
 def solutions(
     rows: Float[np.ndarray, "n r"],
-    gradients: Sequence[Float[np.ndarray, "r o"]],
+    gradients: Sequence[Float[np.ndarray, "r _"]],
     *,
     starts: int = 8,
     seed: int = 0,
@@ -45,7 +45,7 @@ def solutions(
     return used.mean(0), found[0]
 
 
-def _compressed(gradients: Sequence[Float[np.ndarray, "r o"]]) -> Float[np.ndarray, "r r"]:
+def _compressed(gradients: Sequence[Float[np.ndarray, "r _"]]) -> Float[np.ndarray, "r r"]:
     """The gradients side by side, in coordinates of their own row space: the sizes of cotangents stay the same."""
     together = np.concatenate([g / max(np.linalg.norm(g), 1e-300) for g in gradients], axis=1)
     left, values, _ = np.linalg.svd(together, full_matrices=False)

@@ -1,0 +1,91 @@
+"""Sentences found and proven by what a layer computes from all of a sentence."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grab_jax.span import context
+
+WIDTH, CLS, SEP = 48, 0, 1
+WHOLE = 1e-4
+_rng = np.random.default_rng(0)
+OWN, OTHERS = (jnp.asarray(_rng.normal(size=(40, WIDTH)), jnp.float32) for _ in range(2))
+PLACES = jnp.asarray(_rng.normal(size=(16, WIDTH)), jnp.float32)
+SENTENCES = ((CLS, 5, 6, 7, SEP), (CLS, 7, 5, 9, SEP), (CLS, 8, 30, 6, 11, 5, SEP))
+
+
+def mixed(ids, real):
+    """A layer's inputs: each token with its place, and a little of every other token of the sentence."""
+    weight = jnp.asarray(real, jnp.float32)[..., None]
+    around = (OTHERS[ids] * weight).sum(1, keepdims=True) / weight.sum(1, keepdims=True)
+    return jnp.tanh(OWN[ids] + PLACES[None, : ids.shape[1]] + around)
+
+
+def layer(*sentences):
+    rows = [np.asarray(mixed(np.array([s]), np.ones((1, len(s)))))[0] for s in sentences]
+    return context.Second(mixed, np.linalg.qr(np.concatenate(rows).astype(np.float64).T)[0])
+
+
+def choices(*sentences, without=()):
+    found = {}
+    for sentence in sentences:
+        for position, token in enumerate(sentence):
+            if (position, token) not in without and token not in found.setdefault(position, []):
+                found[position].append(token)
+    return found
+
+
+def searched(**settings):
+    return context.Search(layer(*SENTENCES), cls=CLS, sep=SEP, whole=WHOLE, **settings)
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_residuals_are_rounding_for_a_sentence_and_large_with_one_token_wrong(sentence):
+    second = layer(*SENTENCES)
+    assert second.residuals(np.array([sentence])).max() < 1e-5
+    for position in range(1, len(sentence) - 1):
+        wrong = np.array([sentence])
+        wrong[0, position] = 20
+        assert second.residuals(wrong).max() > 1e-2
+
+
+def test_residuals_do_not_depend_on_the_company():
+    second = layer(*SENTENCES)
+    many = np.random.default_rng(1).integers(0, 40, (context.MOST + 7, 6))
+    alone = np.concatenate([second.residuals(row[None]) for row in many])
+    np.testing.assert_allclose(second.residuals(many), alone, atol=1e-5)
+
+
+def test_all_sentences_are_found():
+    seen = []
+    search = searched(notify=lambda *counts: seen.append(counts))
+    assert search.draw(choices(*SENTENCES)) == len(SENTENCES)
+    assert set(search.found) == set(SENTENCES)
+    assert max(search.found.values()) < 1e-5
+    assert search.complete
+    total = sum(map(len, SENTENCES))
+    assert seen
+    assert all(found <= total == told for found, told in seen)
+
+
+def test_a_known_sentence_is_not_searched_again():
+    search = searched()
+    search.check(SENTENCES[0])
+    search.check((CLS, 5, 6, 20, SEP))
+    assert list(search.found) == [SENTENCES[0]]
+    assert search.draw(choices(*SENTENCES)) == 2
+    assert set(search.found) == set(SENTENCES)
+
+
+def test_a_wider_choice_brings_what_a_narrow_one_lacks():
+    search = searched()
+    assert search.draw(choices(*SENTENCES, without={(2, 30)})) == 2
+    assert not search.complete
+    assert search.widen(choices(*SENTENCES)) == 1
+    assert set(search.found) == set(SENTENCES)
+
+
+def test_nothing_is_found_in_the_span_of_others():
+    search = context.Search(layer((CLS, 12, 13, 14, 15, SEP)), cls=CLS, sep=SEP, whole=WHOLE)
+    assert search.draw(choices(*SENTENCES)) == search.widen(choices(*SENTENCES)) == 0
+    assert search.found == {}
