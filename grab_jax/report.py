@@ -55,6 +55,7 @@ def render(run_dir: str | os.PathLike[str]) -> Path:
         n_hidden=sum(max(1, len(r["sentences"])) for r in attacked) - len(cards),
         redacted=hide,
         evidence=evidence.table(attacked),
+        contextual=any(evidence.of(record).get("contextual") for record in attacked),
         merged=advice.settings(run).get("client_dropout") == 0,
         spectrum=spectrum.chart(attacked),
         trajectory=chart.trajectory(attacked),

@@ -116,6 +116,7 @@ def test_linearly_dependent_rows_do_not_hide_the_sentences():
     assert sorted(certified(result)) == sorted(CYCLES)
     assert {(row["position"], row["token"]) for row in result.evidence["rows"]} == pairs
     assert result.notes == []
+    assert result.evidence["contextual"]
 
 
 def test_a_row_that_others_could_replace_is_not_certified():
@@ -126,6 +127,7 @@ def test_a_row_that_others_could_replace_is_not_certified():
     pairs = {pair for sentence in CYCLES for pair in enumerate(sentence)}
     sure = {(r["position"], r["token"]) for r in result.evidence["rows"] if r["certificate"] > 0.98}
     assert sure <= pairs
+    assert not result.evidence["contextual"]
     assert set(certified(result)) <= set(CYCLES)
 
 
