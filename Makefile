@@ -14,9 +14,11 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: $(VENV)/installed  ## attack four bundled sentences, offline, by matching and by span decoding; two reports
-	HF_HUB_OFFLINE=1 $(BIN)/python -m grab_jax.main --flagfile=experiments/quickstart.flags
-	HF_HUB_OFFLINE=1 $(BIN)/python -m grab_jax.main --flagfile=experiments/span_quickstart.flags
+demo: $(VENV)/installed  ## attack four bundled sentences, offline, by matching and by span decoding: one report shows both
+	rm -rf runs/demo-grab runs/demo-span
+	HF_HUB_OFFLINE=1 $(BIN)/python -m grab_jax.main --flagfile=experiments/quickstart.flags --run_dir=runs/demo-grab
+	HF_HUB_OFFLINE=1 $(BIN)/python -m grab_jax.main --flagfile=experiments/span_quickstart.flags --run_dir=runs/demo-span \
+		--report_beside=runs/demo-grab
 
 test: $(VENV)/installed  ## the suite CI runs
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not parity and not long"

@@ -148,6 +148,7 @@ class ReportConfig:
     """How results are shown."""
 
     redact: bool = setting(True, "hide names, numbers and mail addresses in report.html and on the terminal")
+    beside: str | None = setting(None, "folder of another run on the same sentences, shown beside this one")
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,8 @@ def unused(attacked: Sequence[Record]) -> str:
 def table(attacked: Sequence[Record]) -> list[dict[str, Any]]:
     """One row per batch with evidence: what was found of what there is, and the weakest certificates.
 
-    `weakest` is the least certificate of a row, `residual` the largest of a certified sentence; None without any.
+    `weakest` is the least certificate of a certified row (of any row, if none is), `residual` the largest of a
+    certified sentence; None without any.
     """
     return [_line(record) for record in attacked if of(record)]
 
@@ -150,11 +151,12 @@ def _line(record: Record) -> dict[str, Any]:
     found = of(record)
     rows, sentences = found.get("rows") or [], found.get("sentences") or []
     sure = [sentence for sentence in sentences if sentence.get("certified")]
+    certificates = [c for row in rows if (c := known(row.get("certificate"))) is not None]
     return {
         "batch": record.get("index"),
         **{key: found.get(key) for key in ("rank", "gap_rank", "width", "not_testable")},
         "rows": len(rows),
-        "weakest": min((c for row in rows if (c := known(row.get("certificate"))) is not None), default=None),
+        "weakest": min((c for c in certificates if c > PROVEN_ROW), default=min(certificates, default=None)),
         "sentences": len(sentences),
         "certified": len(sure),
         "residual": max((r for s in sure if (r := known(s.get("residual"))) is not None), default=None),

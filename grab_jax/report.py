@@ -18,6 +18,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, Template
 
 from grab_jax import advice, bars, chart, evidence, spectrum, summary
+from grab_jax.beside import Beside
+from grab_jax.beside import beside as beside_run
+from grab_jax.beside import row as beside_row
 from grab_jax.highlight import highlight
 from grab_jax.metrics import known
 from grab_jax.pieces import Piece
@@ -32,11 +35,14 @@ MAX_TOKENS = 36_000  # tokens shown at most: keeps the page below 5 MB
 METRICS = {"rougeL": "ROUGE-L", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "token_accuracy": "Tokens in place"}
 
 
-def render(run_dir: str | os.PathLike[str]) -> Path:
+def render(run_dir: str | os.PathLike[str], beside: str | os.PathLike[str] | None = None) -> Path:
     """Rebuild `report.html` from the run folder (owner-only, replaced at once) and return its path.
 
+    Args:
+      beside: folder of another run on the same sentences, whose reconstructions are shown under this run's.
+
     Raises:
-      InputError: the folder has no results, or one of its files is damaged.
+      InputError: a folder has no results, one of its files is damaged, or the runs have no sentence in common.
     """
     folder = Path(run_dir)
     run, records = read(folder)
@@ -44,10 +50,13 @@ def render(run_dir: str | os.PathLike[str]) -> Path:
     hide = advice.settings(run).get("report_redact") is not False
     # Scores of a run in which nothing could be tested would read as a protected client.
     tested = any(evidence.tested(record) for record in attacked)
-    cards = _cards(attacked, private(attacked) if hide else None) if tested else []
+    other = None if beside is None else beside_run(*read(Path(beside)), attacked, redact=hide)
+    cards = _cards(attacked, private(attacked) if hide else None, other) if tested else []
+    found = summary.summarise(records, run)
     page = _template().render(
         run=run,
-        summary=summary.summarise(records, run),
+        summary=found,
+        attacks=[] if other is None else [beside_row(found), beside_row(other.summary)],
         glance=_glance(attacked, records) if tested else [],
         labels=_labels(attacked),
         cards=cards,
@@ -149,11 +158,11 @@ def _glance(attacked: Sequence[Record], records: Sequence[Record]) -> list[dict[
     ]
 
 
-def _cards(attacked: Sequence[Record], hide: Private | None) -> list[dict[str, Any]]:
+def _cards(attacked: Sequence[Record], hide: Private | None, other: Beside | None) -> list[dict[str, Any]]:
     """One entry per sentence, the most leaked first, as many as the page can hold."""
     # One wrong certificate leaves the others a claim, not a proof.
     word = "certified" if evidence.counts(attacked)["certified_wrong"] else "proven"
-    cards = [card for record in attacked for card in _batch_cards(record, hide, word)]
+    cards = [card for record in attacked for card in _batch_cards(record, hide, word, other)]
     cards.sort(key=lambda card: -1.0 if card["score"] is None else -card["score"]["rougeL"])
     total, kept = 0, []
     for card in cards:
@@ -164,7 +173,7 @@ def _cards(attacked: Sequence[Record], hide: Private | None) -> list[dict[str, A
     return kept
 
 
-def _batch_cards(record: Record, hide: Private | None, word: str) -> list[dict[str, Any]]:
+def _batch_cards(record: Record, hide: Private | None, word: str, other: Beside | None) -> list[dict[str, Any]]:
     """Truth against reconstruction; where no truth is known, the reconstructions alone."""
     guesses, proofs = record["predictions"], _proofs(record, word)
     if not record["sentences"]:
@@ -183,9 +192,16 @@ def _batch_cards(record: Record, hide: Private | None, word: str) -> list[dict[s
             "proof": "" if line.score["prediction"] is None else proofs[line.score["prediction"]],
             "truth": _tokens(line.truth),
             "found": [] if line.found is None else _tokens(line.found, guesses[line.score["prediction"]]),
+            "beside": _beside(other, record["sentences"][line.score["sentence"]]["tokens"]),
         }
         for line in highlight(record, hide)
     ]
+
+
+def _beside(other: Beside | None, tokens: Sequence[str]) -> dict[str, Any] | None:
+    """What another run made of a sentence."""
+    line = None if other is None else other.take(tokens)
+    return None if line is None else {"attack": other.attack, "found": _tokens(line.found or []), "score": line.score}
 
 
 def _proofs(record: Record, word: str) -> list[str]:

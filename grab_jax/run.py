@@ -64,6 +64,8 @@ def run(config: Config) -> Path:
     """
     os.umask(0o077)
     jax.config.update("jax_default_matmul_precision", "highest")
+    if config.report.beside is not None:
+        report.read(Path(config.report.beside))  # better refused now than after the attack
     session = prepare(config)
     size = sum(int(v.size) for v in [*session.trainable.values(), *session.frozen.values()])
     describe_run = lambda: about.about(config, session.loaded.model, size, session.notes, session.ids)  # noqa: E731
@@ -92,7 +94,7 @@ def rebuild(config: Config) -> Path:
     folder = Path(config.run.dir)
     described, records = report.read(folder)
     folders.write_json(folder / "summary.json", summary.summarise(records, described))
-    return report.render(folder)
+    return report.render(folder, config.report.beside)
 
 
 def prepare(config: Config) -> Session:
@@ -243,4 +245,4 @@ def finish(folder: Path, session: Session) -> Path:
     described = json.loads((folder / "run.json").read_text())
     folders.write_json(folder / "summary.json", summary.summarise(records, described))
     chart.save_curves(folder, records)
-    return report.render(folder)
+    return report.render(folder, session.config.report.beside)

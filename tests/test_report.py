@@ -394,3 +394,50 @@ def test_advice_for_span_decoding_fills_the_batch(folder):
     assert larger.endswith("--batch_size=24")  # 2 sentences, 40 rows: 1.2 times 384 rows
     assert "384, against at most 40 here" in shown(page(where))
     assert len(commands(page(folder([barred()])))) == 2  # a batch that is full needs no filling
+
+
+# --- two runs side by side ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Folders of span decoding and of Grab on the same sentences, the latter with one more."""
+
+    def make(own, others):
+        for name, records, attack in (("own", own, "span"), ("other", others, "grab")):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "run.json").write_text(json.dumps(RUN | {"attack": attack}))
+            (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        return tmp_path / "own", tmp_path / "other"
+
+    return make
+
+
+def test_another_run_is_shown_under_each_sentence_and_in_a_table(two):
+    own = [span(), span(1, truths=["a dog ran"])]
+    own_folder, other = two(own, [record(founds=["cat mat rug"]), record(1, truths=["it rained"], founds=["it"])])
+    text = shown(report.render(own_folder, other).read_text().replace("<", " <"))
+    assert "Side by side" in text
+    assert "Attack word for word proven" in text
+    assert "span 2 of 2 2 100.0 100.0 100.0" in text
+    assert "grab 0 of 2 –" in text
+    assert "grab cat mat rug ROUGE-L" in text
+    assert "grab it" not in text  # no sentence of this run
+    assert "Side by side" not in shown(page(own_folder))
+
+
+def test_private_words_of_another_run_are_hidden_too(two):
+    own, other = two([span(truths=[SECRET["sentences"][0]["text"]])], [SECRET])
+    own_record = json.loads((own / "results.jsonl").read_text())
+    own_record["sentences"][0]["tokens"] = SECRET["sentences"][0]["tokens"]
+    (own / "results.jsonl").write_text(json.dumps(own_record))
+    text = shown(report.render(own, other).read_text())
+    assert "Side by side" in text
+    for word in ("lopez", "maria", "1984", "clinic"):
+        assert word not in text.lower(), word
+
+
+def test_a_run_on_other_sentences_is_refused(two):
+    own, other = two([span()], [record(truths=["it rained"], founds=["it"])])
+    with pytest.raises(InputError, match="other sentences"):
+        report.render(own, other)
