@@ -50,7 +50,7 @@ def render(run_dir: str | os.PathLike[str], beside: str | os.PathLike[str] | Non
     hide = advice.settings(run).get("report_redact") is not False
     # Scores of a run in which nothing could be tested would read as a protected client.
     tested = any(evidence.tested(record) for record in attacked)
-    other = None if beside is None else beside_run(*read(Path(beside)), attacked, redact=hide)
+    other = None if beside is None else beside_run(*read(Path(beside), "--report_beside"), attacked, redact=hide)
     cards = _cards(attacked, private(attacked) if hide else None, other) if tested else []
     found = summary.summarise(records, run)
     page = _template().render(
@@ -81,13 +81,17 @@ def render(run_dir: str | os.PathLike[str], beside: str | os.PathLike[str] | Non
 # --- reading and writing a run folder ---------------------------------------------------------------------
 
 
-def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """`run.json` and those records of `results.jsonl` that belong to it (older code leaves others behind)."""
+def read(folder: Path, flag: str = "--run_dir") -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """`run.json` and those records of `results.jsonl` that belong to it (older code leaves others behind).
+
+    Args:
+      flag: what named the folder, for the error messages.
+    """
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; give the folder of a finished run with --run_dir.")
+        raise InputError(f"{folder} is no folder; give the folder of a finished run with {flag}.")
     for name in ("run.json", "results.jsonl"):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} holds no {name}, so it is no run with results; give another --run_dir.")
+            raise InputError(f"{folder} holds no {name}, so it is no run with results; give another {flag}.")
     run = _parse((folder / "run.json").read_text("utf-8", "replace"), f"{folder / 'run.json'}")
     where = folder / "results.jsonl"
     lines = where.read_text("utf-8", "replace").split("\n")

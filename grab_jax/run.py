@@ -65,7 +65,7 @@ def run(config: Config) -> Path:
     os.umask(0o077)
     jax.config.update("jax_default_matmul_precision", "highest")
     if config.report.beside is not None:
-        report.read(Path(config.report.beside))  # better refused now than after the attack
+        report.read(Path(config.report.beside), "--report_beside")  # better refused now than after the attack
     session = prepare(config)
     size = sum(int(v.size) for v in [*session.trainable.values(), *session.frozen.values()])
     describe_run = lambda: about.about(config, session.loaded.model, size, session.notes, session.ids)  # noqa: E731

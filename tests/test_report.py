@@ -441,3 +441,9 @@ def test_a_run_on_other_sentences_is_refused(two):
     own, other = two([span()], [record(truths=["it rained"], founds=["it"])])
     with pytest.raises(InputError, match="other sentences"):
         report.render(own, other)
+
+
+def test_a_missing_folder_is_named_with_its_flag(two, tmp_path):
+    own, _ = two([span()], [record()])
+    with pytest.raises(InputError, match="--report_beside"):
+        report.render(own, tmp_path / "nowhere")
