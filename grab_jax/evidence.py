@@ -129,7 +129,8 @@ def loose_rows(attacked: Sequence[Record]) -> tuple[int, int, int]:
 
 def unused(attacked: Sequence[Record]) -> str:
     """A further sentence on the rows that belong to no sentence found; empty where there are none."""
-    count = sum(not row.get("used", True) for record in attacked for row in of(record).get("rows") or [])
+    rows = [row for record in attacked for row in of(record).get("rows") or [] if not row.get("used", True)]
+    count = sum((known(row.get("certificate")) or 0) > PROVEN_ROW for row in rows)
     if count == 1:
         return " 1 further input row, a token with its position, was found without the sentence around it."
     found = (

@@ -41,9 +41,13 @@ def deferred() -> Iterator[None]:
     _state["deferring"] = True
     try:
         yield
-        check()
-    finally:
+    except BaseException:
         _state.update(deferring=False, asked=False)
+        raise
+    _state["deferring"] = False  # a signal from here on raises at once, one before it is in `asked`
+    asked, _state["asked"] = _state["asked"], False
+    if asked:
+        raise KeyboardInterrupt
 
 
 def check() -> None:

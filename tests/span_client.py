@@ -23,15 +23,15 @@ FAMILIES = tuple(VOCABULARY)
 
 
 @lru_cache
-def random_model(family, rate=0.1, seed=0):
-    """A model and its parameters; of two layers, because one leaves most tokens too little gradient."""
+def random_model(family, rate=0.1, seed=0, layers=2):
+    """A model and its parameters; of two layers or more, because one leaves most tokens too little gradient."""
     if family == "gpt2":
         last = {name: TOKENS - 1 for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        size = {"n_embd": WIDTH, "n_head": HEADS, "n_positions": POSITIONS, "vocab_size": TOKENS, **last}
+        size = {"n_embd": WIDTH, "n_head": HEADS, "n_positions": POSITIONS, "n_layer": layers, **last}
     else:
-        size = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "vocab_size": TOKENS}
+        size = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_hidden_layers": layers}
         size["max_position_embeddings"] = POSITIONS + 2 * (family == "roberta")
-    model = models.build(goldens.config(family, **size), dropout=rate)
+    model = models.build(goldens.config(family, vocab_size=TOKENS, **size), dropout=rate)
     return model, random_params(model, seed)
 
 
@@ -54,9 +54,9 @@ def sentence(family, rng, words):
     return inner if vocabulary.cls is None else (vocabulary.cls, *inner, vocabulary.sep)
 
 
-def client(family, sentences, *, rate=0.1, dropout=True, seed=0):
+def client(family, sentences, *, rate=0.1, dropout=True, seed=0, layers=2):
     """The simulated client of sentences of token ids, padded to the same 8 positions each time."""
-    model, params = random_model(family, rate)
+    model, params = random_model(family, rate, layers=layers)
     vocabulary, lengths = VOCABULARY[family], np.array([len(s) for s in sentences])
     ids = np.full((len(sentences), LENGTH), vocabulary.pad, np.int32)
     for row, tokens in zip(ids, sentences, strict=True):

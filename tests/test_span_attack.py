@@ -16,7 +16,7 @@ from test_run import TEXTS, do, records
 from words import VOCABULARY, save_tokenizer
 
 from grab_jax import models, tuning
-from grab_jax.attacks import ATTACKS, span
+from grab_jax.attacks import ATTACKS, span, span_evaluation
 from grab_jax.config import AttackConfig
 from grab_jax.models import first_attention
 from grab_jax.types import Problem, Result
@@ -108,27 +108,59 @@ def test_a_batch_is_recovered_without_dropout(family):
 CYCLES = ((2, 50, 60, 70, 3), (2, 60, 50, 80, 3), (2, 70, 80, 50, 3), (2, 80, 70, 60, 90, 3))
 
 
+def pairs_of(sentences):
+    return {pair for sentence in sentences for pair in enumerate(sentence)}
+
+
 def test_linearly_dependent_rows_do_not_hide_the_sentences():
-    """Four words at three positions: 18 rows in fewer dimensions, and other words at other places in their span."""
-    (result,) = solve(client("bert", CYCLES, dropout=False).problem)
-    pairs = {pair for sentence in CYCLES for pair in enumerate(sentence)}
-    assert result.evidence["rank"] < len(pairs)
+    """Four words at three positions: more rows than dimensions, and other words at other places in their span."""
+    (result,) = solve(client("bert", CYCLES, dropout=False, layers=3).problem)
+    assert result.evidence["rank"] < len(pairs_of(CYCLES))
     assert sorted(certified(result)) == sorted(CYCLES)
-    assert {(row["position"], row["token"]) for row in result.evidence["rows"]} == pairs
+    assert {(row["position"], row["token"]) for row in result.evidence["rows"]} == pairs_of(CYCLES)
     assert result.notes == []
     assert result.evidence["contextual"]
 
 
 def test_a_row_that_others_could_replace_is_not_certified():
     """The same rows with no second layer to tell which are there."""
-    problem = client("bert", CYCLES, dropout=False).problem
+    problem = client("bert", CYCLES, dropout=False, layers=3).problem
     few = {path: problem.observed[path] for path in first_attention.paths(problem.model)}
     (result,) = solve(problem._replace(observed=few))
-    pairs = {pair for sentence in CYCLES for pair in enumerate(sentence)}
-    sure = {(r["position"], r["token"]) for r in result.evidence["rows"] if r["certificate"] > 0.98}
-    assert sure <= pairs
+    sure = {(r["position"], r["token"]) for r in result.evidence["rows"] if r["certificate"] > span.LOOSE}
+    assert (0, 2) in sure
+    assert sure <= pairs_of(CYCLES)
     assert not result.evidence["contextual"]
     assert set(certified(result)) <= set(CYCLES)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_the_second_layer_judges_where_it_has_a_gradient_of_every_token(layers):
+    """A classifier's last layer has one of the first token's query only: of three layers the second is in between."""
+    sentences = drawn("bert", (6, 5), seed=4)
+    problem = client("bert", sentences, dropout=False, layers=layers).problem
+    assert (span_evaluation.judge(problem, 1) is not None) == (layers == 3)
+    (result,) = solve(problem)
+    assert sorted(certified(result)) == sorted(sentences)
+
+
+def test_the_second_layer_does_not_judge_without_dimensions_to_spare():
+    """64 - 32 of the width: then a wrong sentence could lie in the span by chance."""
+    for count, judges in ((4, True), (5, False)):
+        sentences = drawn("bert", (5,) * count, seed=4)
+        problem = client("bert", sentences, dropout=False, layers=3).problem
+        assert (span_evaluation.judge(problem, 1) is not None) == judges
+
+
+def test_a_sentence_that_the_second_layer_does_not_confirm_is_shown_and_not_certified(monkeypatch):
+    sentences = drawn("bert", (3, 4), seed=1)
+    problem = client("bert", sentences, dropout=False, layers=3).problem
+    second = span_evaluation.judge(problem, 1)
+    blind = second._replace(basis=np.roll(second.basis, 1, axis=0))
+    monkeypatch.setattr(span_evaluation, "judge", lambda *_: blind)
+    (result,) = solve(problem)
+    assert sorted(sentences_of(result)) == sorted(sentences)
+    assert certified(result) == []
 
 
 def test_the_attack_needs_neither_labels_nor_lengths_nor_other_tensors():
@@ -251,14 +283,14 @@ class Corruption(NamedTuple):
 
 
 def other_weights(problem: Problem) -> Problem:
-    params = random_model(problem.model.family, 0.1, seed=1)[1]
+    params = random_model(problem.model.family, 0.1, 1, problem.model.config.num_hidden_layers)[1]
     trainable, frozen = tuning.split(params, tuning.freezes(problem.model, "embeddings"))
     return problem._replace(trainable=trainable, frozen=frozen)
 
 
 def other_attention(problem: Problem) -> Problem:
     """The embeddings are right, so that rows are found; the projections are another model's."""
-    params = tuning.flatten(random_model(problem.model.family, 0.1, seed=1)[1])
+    params = tuning.flatten(random_model(problem.model.family, 0.1, 1, problem.model.config.num_hidden_layers)[1])
     own = {path: params[path] for path in problem.trainable if "attention/self" in path or "attn" in path}
     return problem._replace(trainable={**problem.trainable, **own})
 
@@ -278,11 +310,11 @@ CORRUPTIONS = (
 @pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda c: c.name)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_wrong_sentence_is_certified(family, corruption):
-    """Random batches with few words, dropout on and off."""
-    for dropout in (True, False):
+    """Random batches with few words: dropout on; off, without and with a second layer that judges sentences."""
+    for dropout, layers in ((True, 2), (False, 2), (False, 3)):
         rng = np.random.default_rng([FAMILIES.index(family), dropout])
         sentences = tuple(sentence(family, rng, n) for n in rng.integers(2, 6, 3))
-        problem = corruption.change(client(family, sentences, dropout=dropout, seed=2).problem)
+        problem = corruption.change(client(family, sentences, dropout=dropout, seed=2, layers=layers).problem)
         (result,) = solve(problem)
         claimed = certified(result)
         if corruption.name == "none":

@@ -68,13 +68,41 @@ def test_all_sentences_are_found():
     assert all(found <= total == told for found, told in seen)
 
 
-def test_a_known_sentence_is_not_searched_again():
+def test_a_known_sentence_is_not_reached_again():
     search = searched()
-    search.check(SENTENCES[0])
-    search.check((CLS, 5, 6, 20, SEP))
+    assert search.check(SENTENCES[0]) < 1e-5
+    assert search.check((CLS, 5, 6, 20, SEP)) > 1e-2
     assert list(search.found) == [SENTENCES[0]]
-    assert search.draw(choices(*SENTENCES)) == 2
-    assert set(search.found) == set(SENTENCES)
+    assert search.draw(choices(*SENTENCES[:2])) == 1
+    assert SENTENCES[0] not in map(tuple, search.reached[5].tolist())
+
+
+def test_the_ends_are_not_sought_inside():
+    search = searched()
+    search.draw(choices(*SENTENCES, (CLS, CLS, SEP, SEP, SEP)))
+    reached = np.concatenate([rows[:, 1:-1].ravel() for rows in search.reached.values()])
+    assert not set(reached.tolist()) & {CLS, SEP}
+
+
+def test_whole_is_the_residual_that_a_sentence_stays_below():
+    search = context.Search(layer(*SENTENCES), cls=CLS, sep=SEP, whole=1e-9)
+    assert search.draw(choices(*SENTENCES)) == 0
+    assert search.found == {}
+
+
+def test_nothing_is_tried_once_all_tokens_are_found_or_the_budget_is_used():
+    calls = []
+    second = layer(*SENTENCES)
+    counted = second._replace(inputs=lambda *args: calls.append(1) or mixed(*args))
+    for budget, known in ((context.BUDGET, SENTENCES), (0, ())):
+        search = context.Search(counted, cls=CLS, sep=SEP, whole=WHOLE, budget=budget)
+        for sentence in known:
+            search.check(sentence)
+        assert search.complete == bool(known)
+        assert search.spent != bool(known)
+        calls.clear()
+        assert search.draw(choices(*SENTENCES)) == search.widen(choices(*SENTENCES)) == 0
+        assert not calls
 
 
 def test_a_wider_choice_brings_what_a_narrow_one_lacks():

@@ -261,8 +261,19 @@ def test_members_notify_counts_up_to_the_rank():
         planted.first, planted.basis, [planted.gradient], notify=lambda found, rank: seen.append((found, rank))
     )
     rank = len(planted.pairs)
+    assert seen[0][0] < rank  # positions are added one by one
     assert seen[-1] == (rank, rank)
     assert all(found <= rank == told for found, told in seen)
+
+
+def test_rows_are_irreplaceable_only_outside_of_dependencies_that_are_all_in_sight():
+    """c = a + b close a dependency, d stands alone; where the rows do not span the space, none is safe."""
+    a, b, d = np.random.default_rng(0).normal(size=(3, 3))
+    found = members.irreplaceable(np.stack([a, b, a + b, d]))
+    assert found.tolist() == [False, False, False, True]
+    assert members.irreplaceable(np.stack([a, b, d])).all()
+    assert not members.irreplaceable(np.stack([a, a + b])).any()
+    assert not members.irreplaceable(np.stack([a, b, a + b])).any()
 
 
 def test_inputs64_equals_numpy():

@@ -8,31 +8,31 @@ has no gradient (`evidence["open_end"]`): every sentence lacks it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from grab_jax import tuning
+from grab_jax.attacks import span_evaluation
 from grab_jax.attacks.state import OnSegment, Progress
 from grab_jax.config import AttackConfig
 from grab_jax.models import first_attention
-from grab_jax.span import assemble, context, members, subspace
+from grab_jax.span import assemble, subspace
 from grab_jax.span.assemble import Sentence
 from grab_jax.span.decode import decode
 from grab_jax.span.inputs import FirstAttention, normalise
-from grab_jax.span.merged import assemble_merged
 from grab_jax.span.search import Row
 from grab_jax.types import Problem, Result
 
 WHOLE = 1e-3
-"""Largest residual of a certified sentence: measured below 1e-5 for right ones, above 1e-2 for wrong ones."""
-CONTEXT = 1e-4
-"""Largest residual at the second layer of a sentence found without dropout: 7e-7 measured for right, 0.14 for wrong."""
-UNSURE = 0.9
-"""Certificates of rows that others could replace stay below this."""
+"""Largest residual of a certified sentence.
+
+Equations: measured below 1e-5 for right ones, above 1e-2 for wrong ones; second layer: below 1e-6, above 0.1.
+"""
+LOOSE = 0.98
+"""Certificate above which a row counts as found without a sentence around it."""
 
 Notify = Callable[[int, int], None]
 
@@ -48,7 +48,7 @@ def attack(
     """Decode client batches one by one; nothing of `config` matters.
 
     Args:
-      keys: one typed key per client batch, for the random goals of the search for copies.
+      keys: one typed key per client batch, for the random starts of the searches.
       problems: client batches.
       on_segment: called with None and the progress.
     """
@@ -79,9 +79,8 @@ def recover(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> Re
     if problem.dropout:
         rows = decode(first, found.basis, seed=seed, notify=notify)
         return _result(problem, found, rows, _sentences(problem, first, gradients, rows))
-    second = _second(problem)
-    solved = _without_dropout(problem, first, found.basis, gradients, second, seed, notify)
-    return _result(problem, found, *solved, contextual=second is not None)
+    solved = span_evaluation.solve(problem, first, found.basis, gradients, whole=WHOLE, seed=seed, notify=notify)
+    return _result(problem, found, *solved)
 
 
 def not_testable(found: subspace.Spectrum, width: int) -> str | None:
@@ -96,84 +95,12 @@ def not_testable(found: subspace.Spectrum, width: int) -> str | None:
 def _sentences(problem: Problem, first: FirstAttention, gradients, rows: list[Row]) -> list[Sentence]:
     if not rows:
         return []
-    matrix = assemble.equations(_projections(problem, first, gradients, rows)).reshape(len(rows), -1)
-    return assemble.assemble(matrix, np.array([row.position for row in rows])).sentences
-
-
-def _projections(problem: Problem, first: FirstAttention, gradients, rows: list[Row]) -> assemble.Projections:
     inputs = np.stack([row.values for row in rows])
-    if first.later is not None and first.rate:
-        inputs = normalise(first.later, inputs)
-    return assemble.projections(inputs, gradients, first.query, first.key, problem.model.config.num_attention_heads)
-
-
-def _without_dropout(
-    problem: Problem, first: FirstAttention, basis, gradients, second: context.Second | None, seed: int, notify: Notify
-) -> tuple[list[Row], list[Sentence]]:
-    """Rows and sentences where equal rows are merged, and more rows may lie in the span than are in the batch."""
-    near = members.members(first, basis, gradients, seed=seed, notify=notify)
-    likely = members.independent(near, basis)
-    if not likely:
-        return [], []
-    ends = {"cls": problem.vocabulary.cls, "sep": problem.vocabulary.sep}
-    rows = [_row(member) for member in likely]
-    positions, tokens = (np.array(column) for column in list(zip(*likely, strict=True))[:2])
-    complete = False
-    patience = 4 if second is None else 0  # the search that follows is the better one
-    equations = _projections(problem, first, gradients, rows)
-    sentences = assemble_merged(equations, positions, tokens, patience=patience, **ends)
-    found = {tuple(likely[i].token for i in sentence.rows): sentence.residual for sentence in sentences}
-    if second is not None:
-        found = _by_context(problem, second, near, likely, list(found), seed, notify)
-        complete = sum(map(len, found)) == second.basis.shape[1]
-    used = {pair for ids in found for pair in enumerate(ids)}
-    rows = [_row(m._replace(sure=True)) for m in near if m[:2] in used]
-    rows += [_row(m) for m in likely if m[:2] not in used and not complete]
-    number = {row[:2]: i for i, row in enumerate(rows)}
-    return rows, [Sentence(tuple(number[pair] for pair in enumerate(ids)), away) for ids, away in found.items()]
-
-
-def _row(member: members.Member) -> Row:
-    """Without dropout a row's certificate is how little of it lies outside the span, if no others can replace it."""
-    certificate = 1.0 - member.away if member.sure else UNSURE * member.share
-    return Row(member.position, member.token, member.values, np.ones(len(member.values), bool), certificate)
-
-
-def _second(problem: Problem) -> context.Second | None:
-    """The second attention layer as a judge of whole sentences; None where it cannot be one."""
-    model, vocabulary = problem.model, problem.vocabulary
-    if model.config.num_hidden_layers < 2 or vocabulary.cls is None or vocabulary.sep is None:
-        return None
-    if not set(first_attention.paths(model, 1)) <= problem.observed.keys():
-        return None
-    found = subspace.spectrum(first_attention.gradients(model, problem.observed, 1))
-    if not 0 < found.rank < model.width:
-        return None
-    params = tuning.merge(problem.trainable, problem.frozen)
-    return context.Second(lambda ids, real: first_attention.inputs(model, params, ids, real, layer=1), found.basis)
-
-
-def _by_context(
-    problem: Problem, second: context.Second, near, likely, assembled, seed: int, notify: Notify
-) -> dict[tuple[int, ...], float]:
-    """Sentences that the second layer proves, with their residuals: of the assembled ones, then by search."""
-    ends = {"cls": problem.vocabulary.cls, "sep": problem.vocabulary.sep}
-    search = context.Search(second, whole=CONTEXT, seed=seed, notify=notify, **ends)
-    for sentence in assembled:
-        search.check(sentence)
-    chosen = {m[:2] for m in likely}
-    narrow, wide = _choices(m for m in near if m.share or m[:2] in chosen), _choices(near)
-    search.draw(narrow)
-    while not search.complete and (search.draw(narrow) or search.widen(wide)):
-        pass
-    return search.found
-
-
-def _choices(near: Iterable[members.Member]) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
-    for member in near:
-        found.setdefault(member.position, []).append(member.token)
-    return found
+    inputs = inputs if first.later is None else normalise(first.later, inputs)
+    heads = problem.model.config.num_attention_heads
+    projected = assemble.projections(inputs, gradients, first.query, first.key, heads)
+    matrix = assemble.equations(projected).reshape(len(rows), -1)
+    return assemble.assemble(matrix, np.array([row.position for row in rows])).sentences
 
 
 def certified(sentence: Sentence, rows: Sequence[Row], problem: Problem) -> bool:
@@ -187,7 +114,12 @@ def certified(sentence: Sentence, rows: Sequence[Row], problem: Problem) -> bool
 
 
 def _result(
-    problem: Problem, found: subspace.Spectrum, rows: list[Row], sentences: list[Sentence], contextual: bool = False
+    problem: Problem,
+    found: subspace.Spectrum,
+    rows: list[Row],
+    sentences: list[Sentence],
+    contextual: bool = False,
+    more: Sequence[str] = (),
 ) -> Result:
     count = max(len(sentences), 1)
     length = max([row.position + 1 for row in rows] + [problem.known.ids.shape[1]])
@@ -200,15 +132,16 @@ def _result(
             kept[s, row.position] = row.kept
     proven = [certified(sentence, rows, problem) for sentence in sentences]
     used = {i for sentence in sentences for i in sentence.rows}
-    notes = []
+    notes = list(more)
     if problem.model.task == "causal_lm":
         notes.append(
             "no target follows a sentence's last token, so it has no gradient and is missing from every sentence"
         )
     if len(rows) < found.rank:
         notes.append(f"{found.rank - len(rows)} of {found.rank} input rows were not found")
-    if len(used) < len(rows):
-        notes.append(f"{len(rows) - len(used)} input rows found belong to no sentence found")
+    loose = sum(i not in used and row.certificate > LOOSE for i, row in enumerate(rows))
+    if loose:
+        notes.append(f"{loose} input rows found belong to no sentence found")
     evidence = _evidence(found, problem) | {
         "contextual": contextual,
         "sentences": [{"certified": bool(ok), "residual": s.residual} for ok, s in zip(proven, sentences, strict=True)],

@@ -5,7 +5,8 @@ some in its span are no members at all). The second layer's inputs of the right 
 the client was sent, lie in the span of its gradient to rounding, 7e-7 of their size (MiniLM, CoLA); with one token
 replaced by any of its 16 nearest neighbours in the embedding table, or two swapped, one of them is away by 0.14 or
 more. A search over tokens, one position at a time, with that distance as the score, finds sentences; the same
-distance proves them. Rows are not merged there: the gradient's rank is the batch's number of tokens.
+distance proves them. Equal tokens of different sentences are different rows there: the gradient's rank is the number
+of tokens of the batch's distinct sentences.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grab_jax.span.scaling import bucket
 
-MOST = 64
-"""Sentences tried at once: few shapes, and small enough for a CPU's cache."""
+MOST = 1024
+"""Tokens of the sentences tried at once: few shapes, and small enough for a CPU's cache."""
+BUDGET = 5_000_000
+"""Tokens of all sentences tried for one client batch."""
 FLOOR = 1e-6
 """Residuals below this are rounding: they all count alike."""
 
@@ -35,18 +38,24 @@ class Second(NamedTuple):
     inputs: Callable[[Int[np.ndarray, "n t"], Bool[np.ndarray, "n t"]], Float[Array, "n t d"]]
     basis: Float[np.ndarray, "d r"]
 
-    def residuals(self, ids: Int[np.ndarray, "n t"]) -> Float[np.ndarray, "n t"]:
-        """Part of each token's input outside the span, relative to its size, of sentences of one length."""
+    def residuals(
+        self, ids: Int[np.ndarray, "n t"], tick: Callable[[], None] = lambda: None
+    ) -> Float[np.ndarray, "n t"]:
+        """Part of each token's input outside the span, relative to its size, of sentences of one length.
+
+        `tick` is called after every block of sentences.
+        """
         count, length = ids.shape
         width = bucket(length, 8)
-        basis, parts = jnp.asarray(self.basis, jnp.float32), []
-        for start in range(0, count, MOST):
-            some = ids[start : start + MOST]
+        basis, parts, block = jnp.asarray(self.basis, jnp.float32), [], max(8, MOST // width)
+        for start in range(0, count, block):
+            some = ids[start : start + block]
             # Few shapes: the last sentence and the first token fill up, unseen by the others.
             some = np.pad(some, ((0, bucket(len(some), 8) - len(some)), (0, 0)), mode="edge")
             some = np.pad(some, ((0, 0), (0, width - length)), mode="edge")
             real = np.broadcast_to(np.arange(width) < length, some.shape)
             parts.append(np.asarray(_outside(self.inputs(some, real), basis)))
+            tick()
         return np.concatenate(parts)[:count, :length].astype(np.float64)
 
 
@@ -58,6 +67,8 @@ def _outside(x: Float[Array, "n t d"], basis: Float[Array, "d r"]) -> Float[Arra
 
 class Search:
     """Sentences whose inputs all lie in the span of the second layer's gradient.
+
+    `cls` and `sep` are sought at the ends only. At most `budget` tokens of sentences are tried in all.
 
     Args:
       cls: first token of a sentence.
@@ -74,26 +85,37 @@ class Search:
         sep: int,
         whole: float,
         seed: int = 0,
+        budget: int = BUDGET,
         notify: Callable[[int, int], None] = lambda found, total: None,
     ):
         self.found: dict[tuple[int, ...], float] = {}
         self._second, self._cls, self._sep, self._whole, self._notify = second, cls, sep, whole, notify
         self._generator = np.random.default_rng(seed)
-        self._reached: dict[int, Int[np.ndarray, "n t"]] = {}
+        self.reached: dict[int, Int[np.ndarray, "n t"]] = {}
+        self._left = budget
 
     @property
     def complete(self) -> bool:
         """All tokens of the batch belong to sentences found."""
         return self._tokens() >= self._second.basis.shape[1]
 
+    @property
+    def spent(self) -> bool:
+        """The budget is used up."""
+        return self._left <= 0
+
     def _tokens(self) -> int:
         return sum(map(len, self.found))
 
-    def check(self, sentence: tuple[int, ...]) -> None:
-        """Add a sentence if it is one."""
+    def _tick(self) -> None:
+        self._notify(self._tokens(), self._second.basis.shape[1])
+
+    def check(self, sentence: tuple[int, ...]) -> float:
+        """Add a sentence if it is one; returns its largest residual."""
         away = float(self._second.residuals(np.array([sentence], np.int32)).max())
         if away < self._whole:
             self.found[sentence] = away
+        return away
 
     def draw(self, choices: Choices, starts: int = 32) -> int:
         """Climb from random sentences of every length; returns how many new ones were found."""
@@ -108,7 +130,7 @@ class Search:
         def begin(table, length):
             more = max(0, tries // sum(map(len, table)) - kept)
             drawn = self._drawn(table, min(more, 10 * kept) or 1)
-            return np.concatenate([self._reached.get(length, drawn)[:kept], drawn])
+            return np.concatenate([self.reached.get(length, drawn)[:kept], drawn])
 
         return self._each(choices, begin)
 
@@ -116,15 +138,16 @@ class Search:
         before = len(self.found)
         for length in (position + 1 for position in sorted(choices) if position and self._sep in choices[position]):
             table = self._table(choices, length)
-            if not self.complete and all(len(tokens) for tokens in table):
-                self._reached[length] = self._climb(begin(table, length), table)
+            if not self.complete and not self.spent and all(len(tokens) for tokens in table):
+                self.reached[length] = self._climb(begin(table, length), table)
         return len(self.found) - before
 
     def _table(self, choices: Choices, length: int) -> list[np.ndarray]:
         """The tokens tried at each position of a sentence of this length."""
         ends = (self._cls, self._sep)
+        first = [t for t in choices.get(0, ()) if t == self._cls]
         inner = [[t for t in choices.get(p, ()) if t not in ends] for p in range(1, length - 1)]
-        return [np.array(tokens, np.int32) for tokens in ([self._cls], *inner, [self._sep])]
+        return [np.array(tokens, np.int32) for tokens in (first, *inner, [self._sep])]
 
     def _drawn(self, table: Sequence[np.ndarray], count: int) -> Int[np.ndarray, "n t"]:
         """Random sentences."""
@@ -137,11 +160,10 @@ class Search:
         for _ in range(sweeps):
             before = sentences
             for position in self._generator.permutation(len(table)):
-                if len(table[position]) > 1:
+                if len(table[position]) > 1 and not self.complete and not self.spent:
                     sentences, scores = self._improve(sentences, int(position), table[position])
             sentences, first = np.unique(sentences, axis=0, return_index=True)
             scores = scores[first]
-            self._notify(self._tokens(), self._second.basis.shape[1])
             if len(sentences) == len(before) and (sentences == np.unique(before, axis=0)).all():
                 break
         return sentences[np.argsort(scores)]
@@ -151,7 +173,8 @@ class Search:
         n, length = sentences.shape
         tries = np.repeat(sentences[:, None], len(tokens), axis=1)
         tries[:, :, position] = tokens
-        residuals = self._second.residuals(tries.reshape(-1, length)).reshape(n, len(tokens), length)
+        self._left -= tries.size
+        residuals = self._second.residuals(tries.reshape(-1, length), self._tick).reshape(n, len(tokens), length)
         score = np.log(np.maximum(residuals, FLOOR)).mean(-1)
         for hit in tries[residuals.max(-1) < self._whole]:
             self.check(tuple(hit.tolist()))

@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from grab_jax.span import pursuit
 from grab_jax.span.inputs import FirstAttention, embed, normalise
 
-KEEP = 256
-"""Tokens per position whose residual is computed again in float64."""
+KEEP = 1024
+"""Tokens per position whose residual is computed again in float64; more could not be members of a batch."""
 FAR = 1e-4
 """Relative residual no member reaches: two positions in a row without any below it end the scan."""
 NEAR = 1e-5
@@ -61,25 +61,30 @@ def members(
     near: list[Member] = []
     for position in range(len(first.places)):
         near += _at(first, basis, position)
-        notify(min(basis.shape[1], len(near)), basis.shape[1])
+        notify(min(basis.shape[1], sum(m.away < NEAR for m in near)), basis.shape[1])
         if position > 2 and not any(m.position >= position - 1 and m.away < FAR for m in near):
             break
+    tick = lambda: notify(min(basis.shape[1], len(near)), basis.shape[1])  # noqa: E731
     inside = [m for m in near if m.away < NEAR]
-    outside = sorted((m for m in near if NEAR <= m.away < 10 * FAR), key=lambda m: m.away)
+    outside = sorted((m for m in near if m.away >= NEAR), key=lambda m: m.away)
     if inside:
         rows = np.stack([m.values for m in inside]) @ basis
-        shares, sizes = pursuit.solutions(rows, [basis.T @ g for g in gradients], seed=seed)
-        told = zip(inside, shares, sizes, _irreplaceable(rows), strict=True)
+        shares, sizes = pursuit.solutions(rows, [basis.T @ g for g in gradients], seed=seed, tick=tick)
+        told = zip(inside, shares, sizes, irreplaceable(rows), strict=True)
         inside = [m._replace(share=float(s), size=float(z), sure=bool(c)) for m, s, z, c in told]
     return sorted(inside, key=lambda m: -m.size) + outside
 
 
-def _irreplaceable(rows: Float[np.ndarray, "n r"]) -> Bool[np.ndarray, " n"]:
-    """Rows in no linear dependency: without any one of them the rest spans less."""
+def irreplaceable(rows: Float[np.ndarray, "n r"]) -> Bool[np.ndarray, " n"]:
+    """Rows in no linear dependency: without any one of them the others do not span the space.
+
+    None is, if all together do not span it: then rows of the batch are missing, and another might stand in for them.
+    """
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    left, values, _ = np.linalg.svd(unit, full_matrices=True)
-    rank = int((values > 1e-6 * values[0]).sum())
-    return np.linalg.norm(left[:, rank:], axis=1) < 1e-4
+    left, values, _ = np.linalg.svd(unit, full_matrices=False)
+    if len(rows) < rows.shape[1] or values[-1] < 1e-6 * values[0]:
+        return np.zeros(len(rows), bool)
+    return (left**2).sum(1) > 1 - 1e-8
 
 
 def independent(near: Sequence[Member], basis: Float[np.ndarray, "d r"]) -> list[Member]:
@@ -112,7 +117,8 @@ def _at(first: FirstAttention, basis: Float[np.ndarray, "d r"], position: int) -
     tokens = np.asarray(_closest(first, jnp.asarray(basis, jnp.float32), position, best=min(KEEP, len(first.words))))
     rows = inputs64(first, tokens, position)
     away = np.linalg.norm(rows - rows @ basis @ basis.T, axis=1) / np.linalg.norm(rows, axis=1)
-    return [Member(position, int(t), row, float(a)) for t, row, a in zip(tokens, rows, away, strict=True)]
+    near = np.flatnonzero(away < 10 * FAR)
+    return [Member(position, int(tokens[i]), rows[i], float(away[i])) for i in near]
 
 
 @partial(jax.jit, static_argnames=("best",))

@@ -8,7 +8,7 @@ then with p = 1/2, finds it or a solution that differs in a few rows; random sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -23,12 +23,14 @@ def solutions(
     *,
     starts: int = 8,
     seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Solve from several starts.
 
     Args:
       rows: candidates, in coordinates of the span.
       gradients: in the same coordinates; each is scaled to the same norm.
+      tick: called after every start.
 
     Returns:
       The share of the solutions that use each row, and `||x_i|| ||c_i||` in the first of them (equal start weights).
@@ -41,6 +43,7 @@ def solutions(
         weights = generator.exponential(size=len(rows)) if start else np.ones(len(rows))
         sizes = _reweight(unit, target, weights, power=1.0, rounds=15 if start else 40)
         found.append(_reweight(unit, target, sizes, power=0.5, rounds=60))
+        tick()
     used = np.stack([sizes > USED * sizes.max() for sizes in found])
     return used.mean(0), found[0]
 

@@ -1,0 +1,135 @@
+"""Span decoding of a client in evaluation mode: no dropout, so equal (position, token) pairs of a batch are one row.
+
+Which rows: members of the first layer's span, by `span.pursuit` where they are linearly dependent. Which sentences:
+assembled by the first layer's equations; then, where the second layer's gradient is shared, proven and searched there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from grab_jax import tuning
+from grab_jax.models import first_attention
+from grab_jax.span import assemble, context, members, subspace
+from grab_jax.span.assemble import Sentence
+from grab_jax.span.inputs import FirstAttention
+from grab_jax.span.merged import assemble_merged
+from grab_jax.span.search import Row
+from grab_jax.types import Problem
+
+SPARE = 32
+"""Dimensions that the second layer's gradient must leave free: then no wrong sentence lies in its span by chance."""
+UNSURE = 0.9
+"""Certificates of rows that others could replace stay below this."""
+
+
+class Found(NamedTuple):
+    """Rows, sentences of them, whether the second layer judged these, and what a person should know."""
+
+    rows: list[Row]
+    sentences: list[Sentence]
+    contextual: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def solve(
+    problem: Problem,
+    first: FirstAttention,
+    basis: Float[np.ndarray, "d r"],
+    gradients: Sequence[Float[np.ndarray, "d o"]],
+    *,
+    whole: float,
+    seed: int,
+    notify: Callable[[int, int], None],
+) -> Found:
+    """Decode a batch.
+
+    Args:
+      basis: of the span of `gradients`, those of the first layer's kernels.
+      whole: largest residual of a proven sentence.
+    """
+    near = members.members(first, basis, gradients, seed=seed, notify=notify)
+    likely = members.independent(near, basis)
+    if not likely:
+        return Found([], [])
+    second = judge(problem, len(likely))
+    # The search that follows does better than a patient assembly.
+    found = _assembled(problem, first, gradients, likely, patience=4 if second is None else 0)
+    complete, notes = False, ()
+    if second is not None:
+        ends = {"cls": problem.vocabulary.cls, "sep": problem.vocabulary.sep}
+        search = context.Search(second, whole=whole, seed=seed, notify=notify, **ends)
+        refuted = {ids: away for ids in found if (away := search.check(ids)) >= whole}
+        _search(search, near, likely)
+        complete, found = search.complete, search.found
+        # A weak token may hide a true sentence from the second layer: shown, and not certified.
+        found = found if complete else {**found, **refuted}
+        notes = ("the search for sentences stopped at its budget",) if search.spent and not complete else ()
+    return Found(*_listed(near, likely, found, whole, complete), second is not None, notes)
+
+
+def judge(problem: Problem, rows: int) -> context.Second | None:
+    """The second attention layer as a judge of whole sentences; None where it cannot be one.
+
+    It needs a gradient of every token, which a classifier's last layer lacks, and dimensions to spare.
+    """
+    model, vocabulary = problem.model, problem.vocabulary
+    if model.config.num_hidden_layers < 3 or vocabulary.cls is None or vocabulary.sep is None:
+        return None
+    if not set(first_attention.paths(model, 1)) <= problem.observed.keys():
+        return None
+    found = subspace.spectrum(first_attention.gradients(model, problem.observed, 1))
+    if not rows <= found.rank <= model.width - SPARE:
+        return None
+    params = tuning.merge(problem.trainable, problem.frozen)
+    return context.Second(lambda ids, real: first_attention.inputs(model, params, ids, real, layer=1), found.basis)
+
+
+def _assembled(
+    problem: Problem, first: FirstAttention, gradients, likely: Sequence[members.Member], patience: int
+) -> dict[tuple[int, ...], float]:
+    """Sentences whose equations hold, with their residuals."""
+    inputs = np.stack([member.values for member in likely])
+    heads = problem.model.config.num_attention_heads
+    equations = assemble.projections(inputs, gradients, first.query, first.key, heads)
+    positions = np.array([member.position for member in likely])
+    tokens = np.array([member.token for member in likely])
+    ends = {"cls": problem.vocabulary.cls, "sep": problem.vocabulary.sep}
+    sentences = assemble_merged(equations, positions, tokens, patience=patience, **ends)
+    return {tuple(likely[i].token for i in sentence.rows): sentence.residual for sentence in sentences}
+
+
+def _search(search: context.Search, near: Sequence[members.Member], likely: Sequence[members.Member]) -> None:
+    """Among the likely rows first, then among all near the span, as long as that finds sentences."""
+    chosen = {member[:2] for member in likely}
+    narrow, wide = _choices(m for m in near if m.share or m[:2] in chosen), _choices(near)
+    search.draw(narrow)
+    while not search.complete and (search.draw(narrow) or search.widen(wide)):
+        pass
+
+
+def _choices(near: Iterable[members.Member]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for member in near:
+        found.setdefault(member.position, []).append(member.token)
+    return found
+
+
+def _listed(near, likely, found: dict[tuple[int, ...], float], whole: float, complete: bool):
+    """Rows and sentences as lists: the rows of sentences, then, unless these are all, the other likely ones."""
+    used = {pair for ids in found for pair in enumerate(ids)}
+    sure = {pair for ids, away in found.items() if away < whole for pair in enumerate(ids)}
+    rows = [_row(m, m.sure or m[:2] in sure) for m in near if m[:2] in used]
+    rows += [_row(m, m.sure) for m in likely if m[:2] not in used and not complete]
+    number = {row[:2]: i for i, row in enumerate(rows)}
+    return rows, [Sentence(tuple(number[pair] for pair in enumerate(ids)), away) for ids, away in found.items()]
+
+
+def _row(member: members.Member, sure: bool) -> Row:
+    """A row's certificate is how little of it lies outside the span, if no others can replace it."""
+    certificate = 1.0 - member.away if sure else UNSURE * member.share
+    return Row(member.position, member.token, member.values, np.ones(len(member.values), bool), certificate)
