@@ -23,7 +23,7 @@ from grab_jax.span.scaling import bucket
 
 MOST = 1024
 """Tokens of the sentences tried at once: few shapes, and small enough for a CPU's cache."""
-BUDGET = 5_000_000
+BUDGET = 20_000_000
 """Tokens of all sentences tried for one client batch."""
 FLOOR = 1e-6
 """Residuals below this are rounding: they all count alike."""
