@@ -17,12 +17,13 @@ import numpy as np
 from absl import app, flags, logging
 
 from grab_jax import report, run
-from grab_jax.config import AttackConfig, ClientConfig, Config, DataConfig, ModelConfig, RunConfig
+from grab_jax.config import AttackConfig, ClientConfig, Config, DataConfig, KnownConfig, ModelConfig, RunConfig
 
 MODEL = flags.DEFINE_string("model", "builtin:bert-mini", "model, as for grab_jax.main")
 FOLDER = flags.DEFINE_string("folder", "runs/span_table", "a run folder is made here for every cell")
 CELLS = flags.DEFINE_multi_string("cell", None, "NAME=DATA:DROPOUT:BATCH_SIZE:SENTENCES", required=True)
 SHUFFLE = flags.DEFINE_integer("shuffle", 0, "seed that draws the sentences")
+RATE = flags.DEFINE_bool("known_rate", True, "whether the server knows the dropout rate")
 SEED = flags.DEFINE_integer("seed", 0, "seed of dropout, head and search")
 HEADER = "| data | dropout | B | sentences | mean tokens | rows found | exact | certified | wrong | s / batch |"
 
@@ -31,15 +32,17 @@ def config(cell: str) -> Config:
     """The run of one cell."""
     name, settings = cell.split("=", 1)
     data, dropout, size, sentences = settings.rsplit(":", 3)
+    folder = f"{FOLDER.value}/{name}-p{dropout}-b{size}-seed{SEED.value}" + "-unknown" * (not RATE.value)
     return Config(
         model=ModelConfig(name=MODEL.value),
         data=DataConfig(name=data, shuffle=SHUFFLE.value),
         num_batches=int(sentences) // int(size),
         batch_size=int(size),
         client=ClientConfig(dropout=float(dropout)),
+        known=KnownConfig(rate=RATE.value),
         attack=AttackConfig(name="span"),
         seed=SEED.value,
-        run=RunConfig(dir=f"{FOLDER.value}/{name}-p{dropout}-b{size}-seed{SEED.value}", progress="off"),
+        run=RunConfig(dir=folder, progress="off"),
     )
 
 

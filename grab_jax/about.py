@@ -69,16 +69,20 @@ def _assumptions(config: Config, model: Any) -> list[str]:
 
 
 def _told_span(config: Config, model: Any) -> list[str]:
-    """Span decoding takes nothing of `--known_*`, and no setting of another attack."""
+    """Span decoding takes of `--known_*` the dropout rate only, and no setting of another attack."""
     rate = config.client.dropout
+    if rate:
+        used = "the first attention layer's query, key and value gradients only, with the weights of that layer"
+        told = f"It knows the dropout rate ({rate:g})" if config.known.rate else "It is not told the dropout rate"
+        told += ", and decodes the masks."
+    else:
+        used = "the first two attention layers' query, key and value gradients only, with the weights of these layers"
+        told = "It knows that the client trains without dropout."
     return [
-        "It uses the first attention layer's query, key and value gradients only, with the weights of that layer and "
-        "the word and position embeddings.",
+        f"It uses {used} and the word and position embeddings.",
         "It is not told the labels, the sentences' lengths or the batch size, whatever --known_labels and "
         "--known_lengths say.",
-        f"It knows the dropout rate ({rate:g}), and decodes the masks."
-        if rate
-        else "It knows that the client trains without dropout.",
+        told,
         f"The batch holds fewer tokens than the model is wide ({model.width}); any other batch is not testable.",
     ]
 

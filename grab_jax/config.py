@@ -76,6 +76,7 @@ class KnownConfig:
 
     labels: bool = setting(True, "the attacker knows the labels; otherwise it optimises soft labels")
     lengths: bool = setting(True, "the attacker knows each sentence's length; otherwise only the longest of the batch")
+    rate: bool = setting(True, "the attacker knows the dropout rate; otherwise span decoding reads it off the update")
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,8 @@ class Config:
                 "--attack=grab needs --model_task=classification: its candidates are embeddings without a next token; "
                 "use --attack=span"
             )
+        if not self.known.rate and self.attack.name == "grab":
+            raise InputError("--noknown_rate needs --attack=span: grab's mask learning starts from the dropout rate")
         _require(self.num_batches >= 1, "num_batches", self.num_batches, "1 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "an integer in [0, 2^32)")

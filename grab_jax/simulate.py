@@ -46,7 +46,7 @@ def simulate(
     known = told(batch.batch, labels, dropped, vocabulary, config)
     problem = Problem(
         model, trainable, frozen, observed, known, vocabulary,
-        dropout=config.client.dropout > 0, lengths=config.known.lengths,
+        dropout=config.client.dropout > 0, lengths=config.known.lengths, rate=config.known.rate,
     )  # fmt: skip
     return Simulated(batch, problem, dropped)
 

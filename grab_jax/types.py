@@ -94,7 +94,8 @@ class Problem(NamedTuple):
 
     `model` is a `grab_jax.models.Model`; `trainable` and `frozen` split its parameters (`tuning.split`): the server
     sees the gradient of `trainable` only. `observed` is that update. `dropout` tells whether the client trained with
-    dropout masks, `lengths` whether `known` holds every sentence's length.
+    dropout masks, `lengths` whether `known` holds every sentence's length, `rate` whether the server knows the dropout
+    rate.
     """
 
     model: Any
@@ -105,6 +106,7 @@ class Problem(NamedTuple):
     vocabulary: Vocabulary
     dropout: bool
     lengths: bool
+    rate: bool = True
 
 
 class Result(NamedTuple):

@@ -406,6 +406,7 @@ def spoiled(bert, tmp_path):
         ("--num_batches=9999", ("--num_batches", "need 9999")),
         ("--data_shuffle=-1", ("--data_shuffle=-1", "0 or more")),
         ("--model=builtin:gpt2-mini --model_task=causal_lm", ("--model_task=classification", "--attack=span")),
+        ("--noknown_rate", ("--noknown_rate", "--attack=span")),
         ("--attack=span --model=builtin:bert-mini --model_task=causal_lm", ("causal_lm", "not supported")),
         ("--attack_rounds=0", ("--attack_rounds=0",)),
         ("--client_dropout=1.5", ("--client_dropout=1.5",)),

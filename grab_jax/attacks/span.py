@@ -1,9 +1,9 @@
 """Span decoding: the whole batch from the first attention layer's gradient, with a certificate for every sentence.
 
-Needs a FedSGD gradient of the query, key and value kernels, the weights, the embedding tables and the dropout rate;
-neither labels nor lengths nor the batch size. Without dropout the second layer's gradient helps where it is shared.
-It works while the batch holds fewer tokens than the model is wide. Under a next-token loss a sentence's last token
-has no gradient (`evidence["open_end"]`): every sentence lacks it.
+Needs a FedSGD gradient of the query, key and value kernels, the weights, the embedding tables and whether dropout was
+on (its rate may be unknown); neither labels nor lengths nor the batch size. Without dropout the second layer's
+gradient helps where it is shared. It works while the batch holds fewer tokens than the model is wide. Under a next-
+token loss a sentence's last token has no gradient (`evidence["open_end"]`): every sentence lacks it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from grab_jax.attacks import span_evaluation
+from grab_jax.attacks.span_evaluation import Found
 from grab_jax.attacks.state import OnSegment, Progress
 from grab_jax.config import AttackConfig
 from grab_jax.models import first_attention
-from grab_jax.span import assemble, subspace
+from grab_jax.span import assemble, rate, subspace
 from grab_jax.span.assemble import Sentence
 from grab_jax.span.decode import decode
 from grab_jax.span.inputs import FirstAttention, normalise
@@ -77,8 +78,7 @@ def recover(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> Re
     if reason:
         return _nothing(problem, found, reason)
     if problem.dropout:
-        rows = decode(first, found.basis, seed=seed, notify=notify)
-        return _result(problem, found, rows, _sentences(problem, first, gradients, rows))
+        return _result(problem, found, *_with_dropout(problem, first, gradients, found.basis, seed, notify))
     solved = span_evaluation.solve(problem, first, found.basis, gradients, whole=WHOLE, seed=seed, notify=notify)
     return _result(problem, found, *solved)
 
@@ -92,15 +92,33 @@ def not_testable(found: subspace.Spectrum, width: int) -> str | None:
     return None
 
 
-def _sentences(problem: Problem, first: FirstAttention, gradients, rows: list[Row]) -> list[Sentence]:
+def _with_dropout(problem: Problem, first: FirstAttention, gradients, basis, seed: int, notify: Notify) -> Found:
+    """Rows, then sentences; a rate that is not told is read off the rows and the sentences' equations."""
+    if problem.rate:
+        rows = decode(first, basis, seed=seed, notify=notify)
+        return Found(rows, _assembled(problem, first, gradients, rows).sentences if rows else [])
+    first = first._replace(rate=rate.WIDEST)
+    rows = decode(first, basis, seed=seed, notify=notify)
     if not rows:
-        return []
+        return Found([], [])
+    rescaled = lambda p: [row._replace(values=row.values * (1 - rate.WIDEST) / (1 - p)) for row in rows]  # noqa: E731
+    assembled = lambda p: _assembled(problem, first, gradients, rescaled(p))  # noqa: E731
+    kept = np.stack([row.kept for row in rows])
+    if first.later is None:
+        read = rate.fit(kept, lambda p: assembled(p).singular, sum(row.position == 0 for row in rows))
+    else:  # the norm after dropout undoes the scale
+        read = rate.dropped_share(kept)[0]
+    notes = (f"the dropout rate was not told; read off the update it is {read:.4f}",)
+    return Found(rescaled(read), assembled(read).sentences, notes=notes)
+
+
+def _assembled(problem: Problem, first: FirstAttention, gradients, rows: list[Row]) -> assemble.Assembly:
     inputs = np.stack([row.values for row in rows])
     inputs = inputs if first.later is None else normalise(first.later, inputs)
     heads = problem.model.config.num_attention_heads
     projected = assemble.projections(inputs, gradients, first.query, first.key, heads)
     matrix = assemble.equations(projected).reshape(len(rows), -1)
-    return assemble.assemble(matrix, np.array([row.position for row in rows])).sentences
+    return assemble.assemble(matrix, np.array([row.position for row in rows]))
 
 
 def certified(sentence: Sentence, rows: Sequence[Row], problem: Problem) -> bool:
