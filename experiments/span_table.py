@@ -9,20 +9,21 @@ A cell is `NAME=DATA:DROPOUT:BATCH_SIZE:SENTENCES`; give `--cell` once for each.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from absl import app, flags, logging
 
-from grab_jax import report, run
+from grab_jax import evidence, report, run
 from grab_jax.config import AttackConfig, ClientConfig, Config, DataConfig, KnownConfig, ModelConfig, RunConfig
 
 MODEL = flags.DEFINE_string("model", "builtin:bert-mini", "model, as for grab_jax.main")
 FOLDER = flags.DEFINE_string("folder", "runs/span_table", "a run folder is made here for every cell")
 CELLS = flags.DEFINE_multi_string("cell", None, "NAME=DATA:DROPOUT:BATCH_SIZE:SENTENCES", required=True)
 SHUFFLE = flags.DEFINE_integer("shuffle", 0, "seed that draws the sentences")
+TASK = flags.DEFINE_enum("task", "classification", ["classification", "causal_lm"], "what the client trains")
 RATE = flags.DEFINE_bool("known_rate", True, "whether the server knows the dropout rate")
 SEED = flags.DEFINE_integer("seed", 0, "seed of dropout, head and search")
 HEADER = "| data | dropout | B | sentences | mean tokens | rows found | exact | certified | wrong | s / batch |"
@@ -34,7 +35,7 @@ def config(cell: str) -> Config:
     data, dropout, size, sentences = settings.rsplit(":", 3)
     folder = f"{FOLDER.value}/{name}-p{dropout}-b{size}-seed{SEED.value}" + "-unknown" * (not RATE.value)
     return Config(
-        model=ModelConfig(name=MODEL.value),
+        model=ModelConfig(name=MODEL.value, task=TASK.value),
         data=DataConfig(name=data, shuffle=SHUFFLE.value),
         num_batches=int(sentences) // int(size),
         batch_size=int(size),
@@ -52,18 +53,22 @@ def line(cell: str, folder: Path) -> str:
     _, dropout, size, _ = settings.rsplit(":", 3)
     _, records = report.read(folder)
     records = [record for record in records if not record["control"]]
-    summary = json.loads((folder / "summary.json").read_text())
-    evidence = [record["evidence"] for record in records]
-    claims = [(s["certified"], p["tokens"], r) for r, e in zip(records, evidence, strict=True)
-              for s, p in zip(e["sentences"], r["predictions"], strict=False)]  # fmt: skip
-    proven = [(tokens, record) for certified, tokens, record in claims if certified]
-    wrong = sum(tokens not in [s["tokens"] for s in record["sentences"]] for tokens, record in proven)
-    n, exact = summary["n_sentences"], summary["exact_match"]
-    found, rank = sum(len(e["rows"]) for e in evidence), sum(e["rank"] for e in evidence)
+    n = sum(len(record["sentences"]) for record in records)
+    exact = 100 * sum(map(recovered, records)) / n
+    proven, wrong = (sum(map(sum, map(count, records))) for count in (evidence.proven, evidence.contradicted))
+    found = sum(len(evidence.of(record)["rows"]) for record in records)
+    rank = sum(evidence.of(record)["rank"] for record in records)
     seconds = np.mean([record["seconds"]["attack"] for record in records])
     parts = (name, dropout, size, n, f"{rank / len(records):.0f}", f"{found}/{rank}", f"{exact:.1f} %",
-             len(proven), wrong, f"{seconds:.1f}")  # fmt: skip
+             proven, wrong, f"{seconds:.1f}")  # fmt: skip
     return "| " + " | ".join(map(str, parts)) + " |"
+
+
+def recovered(record: dict) -> int:
+    """Sentences found word for word, each prediction counted once; without the last token where nothing tells it."""
+    told = slice(-1) if evidence.of(record).get("open_end") else slice(None)
+    truth = Counter(tuple(sentence["tokens"][told]) for sentence in record["sentences"])
+    return (truth & Counter(tuple(prediction["tokens"]) for prediction in record["predictions"])).total()
 
 
 def main(_argv: list[str]) -> None:
