@@ -95,7 +95,7 @@ def test_every_bool_both_ways(tmp_path):
     for leaf in flags.leaves(Config()):
         if leaf.kind is bool:
             for value in ("", "no"):
-                config = parse(f"--{value}{leaf.flag}")
+                config = parse(f"--{value}{leaf.flag}", "--attack=span")  # grab must be told the rate
                 assert again(config, tmp_path) == config
 
 
