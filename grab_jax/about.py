@@ -76,7 +76,7 @@ def _told_span(config: Config, model: Any) -> list[str]:
         told = f"It knows the dropout rate ({rate:g})" if config.known.rate else "It is not told the dropout rate"
         told += ", and decodes the masks."
     else:
-        used = "the first two attention layers' query, key and value gradients only, with the weights of these layers"
+        used = "at most the first two attention layers' query, key and value gradients, with these layers' weights"
         told = "It knows that the client trains without dropout."
     return [
         f"It uses {used} and the word and position embeddings.",

@@ -127,7 +127,7 @@ def test_a_row_that_others_could_replace_is_not_certified():
     problem = client("bert", CYCLES, dropout=False, layers=3).problem
     few = {path: problem.observed[path] for path in first_attention.paths(problem.model)}
     (result,) = solve(problem._replace(observed=few))
-    sure = {(r["position"], r["token"]) for r in result.evidence["rows"] if r["certificate"] > span.LOOSE}
+    sure = {(r["position"], r["token"]) for r in result.evidence["rows"] if r["certificate"] > span.ACCEPT}
     assert (0, 2) in sure
     assert sure <= pairs_of(CYCLES)
     assert not result.evidence["contextual"]
@@ -247,7 +247,7 @@ def replaced(problem: Problem, change) -> Problem:
     return problem._replace(observed=observed)
 
 
-def said(result: Result, reason: str):
+def assert_said(result: Result, reason: str):
     assert result.evidence["not_testable"].startswith(BEGINNING)
     assert reason in result.evidence["not_testable"]
     assert result.notes == [result.evidence["not_testable"]]
@@ -262,14 +262,14 @@ def test_as_many_tokens_as_the_width_are_not_testable():
     problem, rng = client("bert", drawn("bert", (3, 6, 4))).problem, np.random.default_rng(0)
     inputs = rng.normal(size=(WIDTH, WIDTH)).astype(np.float32)
     of = lambda n: lambda g: jnp.asarray(inputs[:n].T @ rng.normal(size=(n, g.shape[1])).astype(np.float32))  # noqa: E731
-    said(solve(replaced(problem, of(WIDTH)))[0], "width 64")
+    assert_said(solve(replaced(problem, of(WIDTH)))[0], "width 64")
     assert "not_testable" not in solve(replaced(problem, of(WIDTH - 1)))[0].evidence
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_a_gradient_without_information_is_not_testable(value):
     problem = client("bert", drawn("bert", (3, 6, 4))).problem
-    said(solve(replaced(problem, lambda g: jnp.full_like(g, value)))[0], "zero or not finite")
+    assert_said(solve(replaced(problem, lambda g: jnp.full_like(g, value)))[0], "zero or not finite")
 
 
 # --- certificates do not lie --------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def plant(late=False, rate=0.1, sentences=SENTENCES, seed=0, first=None):
     return Planted(on_device(first), pairs, kept, values, basis, gradient.astype(np.float64))
 
 
-def found_all(rows, planted):
+def assert_found_all(rows, planted):
     """Every planted row is there once, its mask exact, and no other row."""
     assert Counter((row.position, row.token) for row in rows) == Counter(planted.pairs)
     own = {(*pair, kept.tobytes()): i for i, (pair, kept) in enumerate(zip(planted.pairs, planted.kept, strict=True))}
@@ -87,7 +87,7 @@ def test_decode_finds_every_row_and_its_mask(rate, late):
     """Four copies of the first token, three of the last one at 3, and one token at two positions of a sentence."""
     planted = plant(late, rate)
     rows = decode.decode(planted.first, planted.basis)
-    found_all(rows, planted)
+    assert_found_all(rows, planted)
     assert all(0.98 < row.certificate <= 1 + 1e-12 for row in rows)
 
 
@@ -95,18 +95,18 @@ def test_decode_finds_every_row_and_its_mask(rate, late):
 @pytest.mark.parametrize("seed", range(2))
 def test_decode_finds_six_copies_of_one_sentence(seed, rate):
     planted = plant(seed == 1, rate, sentences=((2, 10, 3),) * 6, seed=seed)
-    found_all(decode.decode(planted.first, planted.basis, seed=seed), planted)
+    assert_found_all(decode.decode(planted.first, planted.basis, seed=seed), planted)
 
 
 def test_decode_of_one_row():
     planted = plant(sentences=((17,),))
-    found_all(decode.decode(planted.first, planted.basis), planted)
+    assert_found_all(decode.decode(planted.first, planted.basis), planted)
 
 
 def test_decode_where_the_later_norm_shifts_nothing():
     first = layer(True, 0.1, shift=0.0)
     planted = plant(True, first=first)
-    found_all(decode.decode(planted.first, planted.basis), planted)
+    assert_found_all(decode.decode(planted.first, planted.basis), planted)
 
 
 @pytest.mark.parametrize("size", [40, 513])
@@ -114,7 +114,7 @@ def test_no_row_names_a_token_outside_the_vocabulary(size):
     """The last token of the vocabulary is in the batch; sizes below and above the blocks of the scan."""
     first = layer(False, 0.1, vocabulary=size)
     planted = plant(first=first, sentences=((size - 1, size - 2), (size - 1, 1, size - 1)) * 3)
-    found_all(decode.decode(planted.first, planted.basis), planted)
+    assert_found_all(decode.decode(planted.first, planted.basis), planted)
 
 
 def test_decode_repeats_with_its_seed():
@@ -156,7 +156,7 @@ def test_rows_that_are_not_in_the_vocabulary_do_not_hide_the_others():
     planted = plant()
     foreign = np.random.default_rng(5).normal(size=(WIDTH, 2))
     basis = np.linalg.qr(np.concatenate([planted.basis, foreign], axis=1))[0]
-    found_all(decode.decode(planted.first, basis), planted)
+    assert_found_all(decode.decode(planted.first, basis), planted)
 
 
 def test_accept_is_the_certificate_that_a_row_must_exceed():

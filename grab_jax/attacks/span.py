@@ -2,8 +2,8 @@
 
 Needs a FedSGD gradient of the query, key and value kernels, the weights, the embedding tables and whether dropout was
 on (its rate may be unknown); neither labels nor lengths nor the batch size. Without dropout the second layer's
-gradient helps where it is shared. It works while the batch holds fewer tokens than the model is wide. Under a next-
-token loss a sentence's last token has no gradient (`evidence["open_end"]`): every sentence lacks it.
+gradient helps where it is shared. It works while the batch holds fewer tokens than the model is wide. Under a
+next-token loss a sentence's last token has no gradient (`evidence["open_end"]`): every sentence lacks it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from grab_jax.config import AttackConfig
 from grab_jax.models import first_attention
 from grab_jax.span import assemble, rate, subspace
 from grab_jax.span.assemble import Sentence
-from grab_jax.span.decode import decode
+from grab_jax.span.decode import ACCEPT, decode
 from grab_jax.span.inputs import FirstAttention, normalise
-from grab_jax.span.search import Row
+from grab_jax.span.rows import Row
 from grab_jax.types import Problem, Result
 
 WHOLE = 1e-3
@@ -32,8 +32,6 @@ WHOLE = 1e-3
 
 Equations: measured below 1e-5 for right ones, above 1e-2 for wrong ones; second layer: below 1e-6, above 0.1.
 """
-LOOSE = 0.98
-"""Certificate above which a row counts as found without a sentence around it."""
 
 Notify = Callable[[int, int], None]
 
@@ -78,9 +76,9 @@ def recover(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> Re
     if reason:
         return _nothing(problem, found, reason)
     if problem.dropout:
-        return _result(problem, found, *_with_dropout(problem, first, gradients, found.basis, seed, notify))
+        return _result(problem, found, _with_dropout(problem, first, gradients, found.basis, seed, notify))
     solved = span_evaluation.solve(problem, first, found.basis, gradients, whole=WHOLE, seed=seed, notify=notify)
-    return _result(problem, found, *solved)
+    return _result(problem, found, solved)
 
 
 def not_testable(found: subspace.Spectrum, width: int) -> str | None:
@@ -131,14 +129,8 @@ def certified(sentence: Sentence, rows: Sequence[Row], problem: Problem) -> bool
     return starts and (vocabulary.sep is None or members_[-1].token == vocabulary.sep)
 
 
-def _result(
-    problem: Problem,
-    found: subspace.Spectrum,
-    rows: list[Row],
-    sentences: list[Sentence],
-    contextual: bool = False,
-    more: Sequence[str] = (),
-) -> Result:
+def _result(problem: Problem, spectrum: subspace.Spectrum, found: Found) -> Result:
+    rows, sentences = found.rows, found.sentences
     count = max(len(sentences), 1)
     length = max([row.position + 1 for row in rows] + [problem.known.ids.shape[1]])
     ids = np.full((count, length), problem.vocabulary.pad, np.int32)
@@ -148,26 +140,6 @@ def _result(
         for row in (rows[i] for i in sentence.rows):
             ids[s, row.position], sure[s, row.position] = row.token, row.certificate
             kept[s, row.position] = row.kept
-    proven = [certified(sentence, rows, problem) for sentence in sentences]
-    used = {i for sentence in sentences for i in sentence.rows}
-    notes = list(more)
-    if problem.model.task == "causal_lm":
-        notes.append(
-            "no target follows a sentence's last token, so it has no gradient and is missing from every sentence"
-        )
-    if len(rows) < found.rank:
-        notes.append(f"{found.rank - len(rows)} of {found.rank} input rows were not found")
-    loose = sum(i not in used and row.certificate > LOOSE for i, row in enumerate(rows))
-    if loose:
-        notes.append(f"{loose} input rows found belong to no sentence found")
-    evidence = _evidence(found, problem) | {
-        "contextual": contextual,
-        "sentences": [{"certified": bool(ok), "residual": s.residual} for ok, s in zip(proven, sentences, strict=True)],
-        "rows": [
-            {"position": row.position, "token": row.token, "certificate": row.certificate, "used": i in used}
-            for i, row in enumerate(rows)
-        ],
-    }
     return Result(
         ids=ids,
         confidence=np.clip(sure, 0, 1),
@@ -175,9 +147,37 @@ def _result(
         masks={"embeddings": kept} if problem.dropout else None,
         labels=None,
         trace=[],
-        notes=notes,
-        evidence=evidence,
+        notes=_notes(problem, spectrum.rank, found),
+        evidence=_evidence(spectrum, problem) | _proofs(problem, found),
     )
+
+
+def _proofs(problem: Problem, found: Found) -> dict[str, Any]:
+    """What proves which sentence and which row, as plain data."""
+    proven = [certified(sentence, found.rows, problem) for sentence in found.sentences]
+    residuals, used = [sentence.residual for sentence in found.sentences], found.used
+    return {
+        "contextual": found.contextual,
+        "sentences": [{"certified": bool(ok), "residual": away} for ok, away in zip(proven, residuals, strict=True)],
+        "rows": [
+            {"position": row.position, "token": row.token, "certificate": row.certificate, "used": i in used}
+            for i, row in enumerate(found.rows)
+        ],
+    }
+
+
+def _notes(problem: Problem, rank: int, found: Found) -> list[str]:
+    notes, used = list(found.notes), found.used
+    if problem.model.task == "causal_lm":
+        notes.append(
+            "no target follows a sentence's last token, so it has no gradient and is missing from every sentence"
+        )
+    if len(found.rows) < rank:
+        notes.append(f"{rank - len(found.rows)} of {rank} input rows were not found")
+    loose = sum(i not in used and row.certificate > ACCEPT for i, row in enumerate(found.rows))
+    if loose:
+        notes.append(f"{loose} input rows found belong to no sentence found")
+    return notes
 
 
 def _nothing(problem: Problem, found: subspace.Spectrum, reason: str) -> Result:

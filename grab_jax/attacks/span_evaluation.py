@@ -18,7 +18,7 @@ from grab_jax.span import assemble, context, members, subspace
 from grab_jax.span.assemble import Sentence
 from grab_jax.span.inputs import FirstAttention
 from grab_jax.span.merged import assemble_merged
-from grab_jax.span.search import Row
+from grab_jax.span.rows import Row
 from grab_jax.types import Problem
 
 SPARE = 32
@@ -34,6 +34,11 @@ class Found(NamedTuple):
     sentences: list[Sentence]
     contextual: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def used(self) -> set[int]:
+        """Rows that belong to a sentence."""
+        return {i for sentence in self.sentences for i in sentence.rows}
 
 
 def solve(

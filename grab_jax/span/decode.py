@@ -18,13 +18,15 @@ from jaxtyping import Array, Float, Int
 
 from grab_jax.span import box
 from grab_jax.span.inputs import FirstAttention, embed
+from grab_jax.span.rows import Row, Rows
 from grab_jax.span.scaling import bucket, scaled_space
-from grab_jax.span.search import Row, Search
 
 BLOCK = 512
 """Vocabulary rows in one step of the scan: small enough to stay in a CPU's cache."""
 BEST = 64
 PROMISING = 0.3
+ACCEPT = 0.98
+"""Certificate above which a row counts as proven."""
 
 
 @partial(jax.jit, static_argnames=("iterations", "best"))
@@ -76,7 +78,7 @@ def decode(
     basis: Float[np.ndarray, "d r"],
     *,
     seed: int = 0,
-    accept: float = 0.98,
+    accept: float = ACCEPT,
     tolerance: float = 2e-3,
     notify: Callable[[int, int], None] = lambda found, rank: None,
 ) -> list[Row]:
@@ -88,7 +90,7 @@ def decode(
       tolerance: see `polish`.
       notify: called with (rows found, rank) after every step.
     """
-    search = Search(first, scaled_space(first, basis), accept=accept, tolerance=tolerance)
+    search = Rows(first, scaled_space(first, basis), accept=accept, tolerance=tolerance)
     generator = np.random.default_rng(seed)
     _scan(search, notify)
     while search.missing and (search.rows or search.suspects):
@@ -100,7 +102,7 @@ def decode(
 CHUNK, EMPTY = 4, 3
 
 
-def _scan(search: Search, notify) -> None:
+def _scan(search: Rows, notify) -> None:
     """First pass: one row for every (position, token), until the rows fill the space or positions stay empty."""
     scale, longest = jnp.asarray(search.space.scale, jnp.float32), len(search.first.places)
     for start in range(0, longest, CHUNK):
@@ -119,7 +121,7 @@ def _scan(search: Search, notify) -> None:
             return
 
 
-def solve_pairs(search: Search, tokens, positions, iterations: int):
+def solve_pairs(search: Rows, tokens, positions, iterations: int):
     """The box program of many (token, position) pairs, all kept sizes as the goal."""
     scale = jnp.asarray(search.space.scale, jnp.float32)[None]
     rows = _embed(search.first, tokens, positions) * scale
@@ -127,7 +129,7 @@ def solve_pairs(search: Search, tokens, positions, iterations: int):
     return np.asarray(z, np.float64), np.asarray(share)
 
 
-def _copies(search: Search, generator: np.random.Generator, notify, patience: int = 4) -> int:
+def _copies(search: Rows, generator: np.random.Generator, notify, patience: int = 4) -> int:
     """Rows of known or suspected (position, token) pairs under other masks; returns how many were found.
 
     Half of the trials have a goal along what is missing. The other half, which matter when the subspace is wide, force
@@ -153,7 +155,7 @@ MOST = 512
 """Problems solved at once."""
 
 
-def _commit(search: Search, tokens: np.ndarray, positions: np.ndarray, generator: np.random.Generator) -> int:
+def _commit(search: Rows, tokens: np.ndarray, positions: np.ndarray, generator: np.random.Generator) -> int:
     """One trial for every entry, in batches; accepts new rows and returns their number."""
     found, scale = 0, jnp.asarray(search.space.scale, jnp.float32)[None]
     for start in range(0, len(tokens), MOST):
@@ -174,7 +176,7 @@ def _commit(search: Search, tokens: np.ndarray, positions: np.ndarray, generator
     return found
 
 
-def _gaps(search: Search, generator: np.random.Generator, notify, draws: int = 2, trials: int = 8) -> int:
+def _gaps(search: Rows, generator: np.random.Generator, notify, draws: int = 2, trials: int = 8) -> int:
     """Rows the first pass missed: the whole vocabulary at every position in use, with goals along what is missing."""
     scale = jnp.asarray(search.space.scale, jnp.float32)
     last = max(position for position, _ in {*search.counts(), *search.suspects})

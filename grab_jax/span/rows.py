@@ -27,7 +27,7 @@ class Row(NamedTuple):
 _embed = jax.jit(embed)
 
 
-class Search:
+class Rows:
     """Rows found so far, and what they leave open.
 
     A row is accepted only if it raises the rank of the set, so there are never more than r of them.
