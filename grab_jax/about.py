@@ -18,7 +18,7 @@ from grab_jax.config import Config, identity
 
 RESULT_CODE = (
     "models/*.py", "search/*.py", "span/*.py", "attacks/*.py", "masks.py", "losses.py", "tuning.py", "client.py",
-    "simulate.py", "leaves.py", "distances.py", "matching.py", "data.py", "record.py",
+    "simulate.py", "defenses.py", "leaves.py", "distances.py", "matching.py", "data.py", "record.py",
 )  # fmt: skip
 """What can change a reconstruction; reports and progress cannot."""
 
@@ -56,7 +56,22 @@ def _setting(config: Config, model: Any) -> list[str]:
         f"One FedSGD step of {task} with {config.model.name} ({model.family}, width {model.width}, "
         f"{model.config.num_hidden_layers} layers), {_count(config.batch_size, 'sentence')} per client batch.",
         f"Client in {'training' if config.client.dropout else 'evaluation'} mode: {dropout}; {frozen}.",
+        *_defended(config),
     ]
+
+
+def _defended(config: Config) -> list[str]:
+    """One sentence on what is done to the update, if anything is."""
+    said, parts = config.defense, []
+    if said.noise:
+        on = "each tensor is divided by its norm, then " if said.noise_on == "normalised" else ""
+        parts.append(f"{on}Gaussian noise of standard deviation {said.noise:g} is added to every entry")
+    if said.prune:
+        which = "random" if said.prune_by == "random" else "the smallest"
+        parts.append(f"{which} {100 * said.prune:g} % of each tensor's entries are set to zero")
+    if config.client.wire != "float32":
+        parts.append(f"it is sent in {config.client.wire}")
+    return [f"Before the update leaves the client: {'; '.join(parts)}."] if parts else []
 
 
 def _count(number: int, noun: str) -> str:
@@ -64,7 +79,8 @@ def _count(number: int, noun: str) -> str:
 
 
 def _assumptions(config: Config, model: Any) -> list[str]:
-    server = "Honest-but-curious server: it sees one client's exact float32 gradient and the weights it sent."
+    exact = "" if _defended(config) else "exact float32 "
+    server = f"Honest-but-curious server: it sees one client's {exact}gradient as it is sent, and the weights it sent."
     return [server, *(_told_span(config, model) if config.attack.name == "span" else _told_grab(config))]
 
 

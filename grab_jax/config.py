@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from grab_jax import distances
+from grab_jax import defenses, distances
 from grab_jax.types import InputError
 
 
@@ -66,8 +66,26 @@ class ClientConfig:
         "embeddings", "freeze word and position embeddings, or train everything"
     )
 
+    wire: defenses.Wire = setting("float32", "precision in which the update is sent")
+
     def __post_init__(self):
         _require(0 <= self.dropout < 1, "client_dropout", self.dropout, "a rate in [0, 1)")
+
+
+@dataclass(frozen=True)
+class DefenseConfig:
+    """What the client does to its update before sending it, in this order."""
+
+    noise: float = setting(0.0, "standard deviation of Gaussian noise on every entry; 0 = none")
+    noise_on: Literal["normalised", "raw"] = setting(
+        "normalised", "add the noise after dividing each tensor by its norm, or to the gradient as it is"
+    )
+    prune: float = setting(0.0, "share of each tensor's entries that is set to zero")
+    prune_by: Literal["random", "magnitude"] = setting("random", "prune random entries, or the smallest ones")
+
+    def __post_init__(self):
+        _require(0 <= self.noise < float("inf"), "defense_noise", self.noise, "a number of 0 or more")
+        _require(0 <= self.prune < 1, "defense_prune", self.prune, "a share in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -162,6 +180,7 @@ class Config:
     num_batches: int = setting(8, "client batches to attack")
     batch_size: int = setting(1, "sentences per client batch")
     client: ClientConfig = ClientConfig()
+    defense: DefenseConfig = DefenseConfig()
     known: KnownConfig = KnownConfig()
     attack: AttackConfig = AttackConfig()
     seed: int = setting(0, "seed of everything random")

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from grab_jax import client, masks
+from grab_jax import client, defenses, masks
 from grab_jax.config import Config
 from grab_jax.data import ClientBatch
 from grab_jax.types import Batch, Known, Masks, Problem, Vocabulary
+
+DEFENSE = 2**32 - 1
+"""Folded into the client's key for what is random in the update as a whole; rows of the data stay below it."""
 
 
 class Simulated(NamedTuple):
@@ -39,16 +42,31 @@ def simulate(
     ids, attention, _ = batch.batch
     dropped = None
     if config.client.dropout > 0:
-        keys = jnp.stack([jax.random.fold_in(key, s.row % 2**32) for s in batch.sentences])  # control rows are negative
+        keys = jnp.stack(
+            [jax.random.fold_in(key, s.row % DEFENSE) for s in batch.sentences]
+        )  # control rows are negative
         dropped = masks.sample(keys, model.sites, ids.shape[1])
     labels = jax.nn.one_hot(batch.batch.labels, model.num_labels)
-    observed = compiled(model)(trainable, frozen, ids, attention, labels, dropped)
+    update = compiled(model)(trainable, frozen, ids, attention, labels, dropped)
+    observed = defense(config)(jax.random.fold_in(jax.random.fold_in(key, DEFENSE), batch.index), update)
     known = told(batch.batch, labels, dropped, vocabulary, config)
     problem = Problem(
         model, trainable, frozen, observed, known, vocabulary,
         dropout=config.client.dropout > 0, lengths=config.known.lengths, rate=config.known.rate,
     )  # fmt: skip
     return Simulated(batch, problem, dropped)
+
+
+def defense(config: Config) -> defenses.Defense:
+    """What the client does to its update: noise, then pruning, then the precision it is sent in."""
+    said, steps = config.defense, []
+    if said.noise:
+        steps.append(defenses.noise(said.noise, normalised=said.noise_on == "normalised"))
+    if said.prune:
+        steps.append(defenses.prune(said.prune, said.prune_by))
+    if config.client.wire != "float32":
+        steps.append(defenses.wire(config.client.wire))
+    return defenses.chain(*steps)
 
 
 @lru_cache(maxsize=8)

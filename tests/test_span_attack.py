@@ -15,7 +15,7 @@ from span_client import FAMILIES, TOKENS, WIDTH, client, random_model, random_pa
 from test_run import TEXTS, do, records
 from words import VOCABULARY, save_tokenizer
 
-from grab_jax import models, tuning
+from grab_jax import defenses, models, tuning
 from grab_jax.attacks import ATTACKS, span, span_evaluation
 from grab_jax.config import AttackConfig
 from grab_jax.models import first_attention
@@ -335,6 +335,53 @@ def test_a_certified_sentence_has_every_position_and_its_ends():
     assert not ok(sentence(0, 2))
     assert not ok(sentence(0, 1))
     assert not ok(sentence(0, 1, 2), [rows[0]._replace(token=5), *rows[1:]])
+
+
+# --- what the client does to its update ---------------------------------------------------------------------------
+
+DEFENSES = {
+    "bfloat16": defenses.wire("bfloat16"),
+    "float16": defenses.wire("float16"),
+    "noise": defenses.noise(1e-5),
+    "raw noise": defenses.noise(1e-7, normalised=False),
+    "pruned": defenses.prune(0.3),
+    "pruned by magnitude": defenses.prune(0.3, "magnitude"),
+}
+
+
+def defended(problem: Problem, defense) -> Problem:
+    return problem._replace(observed=defense(jax.random.key(0), dict(problem.observed)))
+
+
+@pytest.mark.parametrize("dropout", [True, False], ids=["dropout", "evaluation"])
+@pytest.mark.parametrize("name", DEFENSES)
+def test_a_mild_defense_does_not_hide_a_sentence(name, dropout):
+    """Its tokens are found; what it was is read off the update and said."""
+    (sentence,) = drawn("bert", (5,))
+    problem = client("bert", [sentence], dropout=dropout, layers=3).problem
+    (result,) = solve(defended(problem, DEFENSES[name]))
+    found = Counter((row["position"], row["token"]) for row in result.evidence["rows"])
+    assert found == Counter(enumerate(sentence))
+    assert set(certified(result)) <= {sentence}
+    assert len(result.notes) >= 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "defense",
+    [*DEFENSES.values(), *map(defenses.noise, (1e-6, 1e-4, 1e-3, 1e-2, 1.0)), *map(defenses.prune, (0.7, 0.99))],
+)
+def test_certificates_do_not_lie_under_a_defense(family, defense):
+    for dropout in (True, False):
+        sentences = drawn(family, (3, 6, 4), seed=7)
+        (result,) = solve(defended(client(family, sentences, dropout=dropout, layers=3).problem, defense))
+        assert Counter(certified(result)) <= Counter(sentences)
+
+
+def test_a_gradient_of_nothing_but_noise_is_not_testable():
+    problem = client("bert", drawn("bert", (3, 6, 4))).problem
+    (result,) = solve(defended(problem, defenses.noise(10.0)))
+    assert "all noise" in result.evidence["not_testable"]
 
 
 # --- a whole run --------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
-from grab_jax.span import box, polish, subspace
+from grab_jax.span import box, completion, noise, polish, subspace
 
 
 def factors(rng, d, n, out=None):
@@ -50,7 +50,7 @@ def test_spectrum_does_not_depend_on_the_columns_sizes():
     plain = subspace.spectrum(gradients)
     scaled = subspace.spectrum([g * 10.0 ** rng.integers(-3, 4, 32) for g in gradients])
     np.testing.assert_allclose(scaled.values[:9], plain.values[:9], rtol=1e-12)
-    assert (scaled.rank, scaled.floor) == (9, plain.floor)
+    assert (scaled.rank, scaled.floor) == (9, pytest.approx(plain.floor, rel=1e-12))
 
 
 def test_columns_of_zeros_change_nothing():
@@ -82,14 +82,24 @@ def test_a_zero_gradient_has_rank_0():
     assert found.basis.shape == (16, 0)
 
 
-def test_bfloat16_gradients_need_their_own_rounding_error():
+@pytest.mark.parametrize(("wire", "away"), [("bfloat16", 0.05), ("float16", 0.01)])
+def test_rounding_to_a_coarser_precision_is_seen_and_allowed_for(wire, away):
     inputs, gradients = factors(np.random.default_rng(4), 64, 5)
-    rounded = [np.asarray(jnp.asarray(g, jnp.bfloat16), np.float32) for g in gradients]
-    assert subspace.spectrum(rounded).rank == 64
-    found = subspace.spectrum(rounded, relative=2.0**-9)
-    assert found.rank == 5
+    rounded = [np.asarray(jnp.asarray(g, wire), np.float32) for g in gradients]
+    found = subspace.spectrum(rounded)
+    assert (found.rank, found.wire, found.sigma) == (5, wire, 0)
     outside = inputs - inputs @ found.basis @ found.basis.T
-    assert np.linalg.norm(outside) < 0.05 * np.linalg.norm(inputs)
+    assert np.linalg.norm(outside) < away * np.linalg.norm(inputs)
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_rounding_errors_have_the_deviations_told(wire, scale):
+    """Also where float16 has no more digits to give."""
+    values = scale * np.random.default_rng(0).normal(size=(64, 400))
+    rounded = np.asarray(jnp.asarray(values, wire), np.float64)
+    ratio = (rounded - values) / noise.rounding(rounded, wire)
+    assert 0.9 < np.sqrt((ratio**2).mean()) < 1.1
 
 
 @pytest.mark.parametrize(("n", "sigma"), [(0, 1.0), (0, 1e-3), (6, 1e-3), (6, 0.3)])
@@ -97,11 +107,64 @@ def test_noise_stays_below_its_edge_and_the_signal_above(n, sigma):
     """Entries of deviation s: the largest singular value of `[d, m]` is about `s (sqrt(d) + sqrt(m))`."""
     rng = np.random.default_rng(5)
     signal = factors(rng, 64, n)[1] if n else [np.zeros((64, 64))] * 3
-    found = subspace.spectrum([g + sigma * rng.normal(size=g.shape) for g in signal], sigma=sigma)
+    found = subspace.spectrum([g + sigma * rng.normal(size=g.shape) for g in signal])
     assert found.rank == n
-    edge = sigma * (np.sqrt(192) + np.sqrt(64))
-    assert edge <= found.floor < 1.2 * edge
-    assert found.values[n] > 0.7 * edge
+    assert found.sigma == pytest.approx(sigma, rel=0.03)
+    assert found.values[n] < found.floor < 1.2 * found.values[n]
+
+
+@pytest.mark.parametrize("sigma", [1e-3, 0.1])
+def test_the_blur_is_how_far_noise_moves_the_basis(sigma):
+    """Against the noise-free span: the part of each basis vector that left it."""
+    rng = np.random.default_rng(6)
+    _, clean = factors(rng, 128, 5)
+    found = subspace.spectrum([g + sigma * rng.normal(size=g.shape) for g in clean])
+    true = subspace.spectrum(clean).basis
+    left = np.linalg.norm(found.basis - true @ (true.T @ found.basis), axis=0)
+    np.testing.assert_allclose(left, np.linalg.norm(found.blur, axis=0), rtol=0.3)
+    assert found.noise == np.linalg.norm(found.blur, axis=0).max()
+
+
+def test_a_full_rank_gradient_is_not_taken_for_noise():
+    """Singular values of a gradient of about as many tokens as the width fall to nearly 0; those of noise do not."""
+    for n in (64, 80, 100):
+        found = subspace.spectrum(factors(np.random.default_rng(n), 64, n)[1])
+        assert (found.rank, found.sigma) == (64, 0)
+
+
+# --- completion ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rank", "share"), [(3, 0.5), (6, 0.5), (3, 0.7)])
+def test_pruned_entries_of_a_low_rank_gradient_come_back(rank, share):
+    rng = np.random.default_rng(rank)
+    clean = np.concatenate(factors(rng, 64, rank)[1], axis=1).astype(np.float64)
+    pruned = np.where(rng.random(clean.shape) < share, 0, clean)
+    there = completion.left_in(pruned)
+    np.testing.assert_array_equal(there, pruned != 0)
+    ranks = []
+    found = completion.complete(pruned, there, notify=ranks.append)
+    assert found.rank == rank == ranks[-1]
+    np.testing.assert_allclose(found.gradient, clean, atol=1e-4 * np.abs(clean).max())
+    assert subspace.spectrum(np.split(found.gradient, 3, axis=1)).rank == rank
+
+
+def test_too_few_entries_complete_nothing():
+    rng = np.random.default_rng(0)
+    clean = np.concatenate(factors(rng, 64, 20)[1], axis=1)
+    pruned = np.where(rng.random(clean.shape) < 0.9, 0, clean).astype(np.float64)
+    assert completion.complete(pruned, completion.left_in(pruned)) is None
+
+
+def test_zeros_that_pruning_did_not_leave_are_not_missing():
+    """None at all, columns of a dead unit, and what float16 rounds to 0."""
+    clean = np.concatenate(factors(np.random.default_rng(1), 64, 4)[1], axis=1).astype(np.float64)
+    assert completion.left_in(clean) is None
+    clean[:, ::7] = 0
+    assert completion.left_in(clean) is None
+    small = np.asarray(jnp.asarray(1e-7 * clean, jnp.float16), np.float64)
+    assert (small == 0).mean() > 0.1
+    assert completion.left_in(small) is None
 
 
 # --- box ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ next-token loss a sentence's last token has no gradient (`evidence["open_end"]`)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,18 +21,12 @@ from grab_jax.attacks.span_evaluation import Found
 from grab_jax.attacks.state import OnSegment, Progress
 from grab_jax.config import AttackConfig
 from grab_jax.models import first_attention
-from grab_jax.span import assemble, rate, subspace
-from grab_jax.span.assemble import Sentence
+from grab_jax.span import assemble, completion, rate, subspace
+from grab_jax.span.assemble import WHOLE, Sentence
 from grab_jax.span.decode import ACCEPT, decode
 from grab_jax.span.inputs import FirstAttention, normalise
 from grab_jax.span.rows import Row
 from grab_jax.types import Problem, Result
-
-WHOLE = 1e-3
-"""Largest residual of a certified sentence.
-
-Equations: measured below 1e-5 for right ones, above 1e-2 for wrong ones; second layer: below 1e-6, above 0.1.
-"""
 
 Notify = Callable[[int, int], None]
 
@@ -70,15 +65,41 @@ def recover(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> Re
     first = first_attention.describe(model, {**problem.frozen, **problem.trainable})
     if not problem.dropout:
         first = first._replace(rate=0.0)
-    gradients = first_attention.gradients(model, problem.observed)
+    gradients, said = _completed(first_attention.gradients(model, problem.observed), notify)
     found = subspace.spectrum(gradients)
+    said += _precision(found)
     reason = not_testable(found, model.width)
     if reason:
-        return _nothing(problem, found, reason)
+        return _nothing(problem, found, reason, said)
     if problem.dropout:
-        return _result(problem, found, _with_dropout(problem, first, gradients, found.basis, seed, notify))
-    solved = span_evaluation.solve(problem, first, found.basis, gradients, whole=WHOLE, seed=seed, notify=notify)
-    return _result(problem, found, solved)
+        solved = _with_dropout(problem, first, gradients, found, seed, notify)
+    else:
+        solved = span_evaluation.solve(problem, first, found, gradients, whole=WHOLE, seed=seed, notify=notify)
+    return _result(problem, found, solved._replace(notes=(*said, *solved.notes)))
+
+
+def _completed(gradients: list[np.ndarray], notify: Notify) -> tuple[list[np.ndarray], list[str]]:
+    """The gradients with what pruning left out, and what a person should know of it."""
+    stacked = np.concatenate(gradients, axis=1)
+    there = completion.left_in(stacked) if np.isfinite(stacked).all() else None
+    if there is None:
+        return gradients, []
+    share = f"{100 * (1 - there.mean()):.0f} % of the gradient's entries are missing"
+    filled = completion.complete(stacked, there, notify=lambda rank: notify(0, rank))
+    if filled is None:
+        return gradients, [f"{share}, and the others do not determine them"]
+    return np.split(filled.gradient, 3, axis=1), [
+        f"{share}; the others determine them, since its rank is {filled.rank}"
+    ]
+
+
+def _precision(found: subspace.Spectrum) -> list[str]:
+    """What was read off the update of its noise."""
+    if found.sigma:
+        return [
+            f"the gradient carries noise; read off its singular values, its standard deviation is {found.sigma:.2g}"
+        ]
+    return [] if found.wire == "float32" else [f"the gradient was rounded to {found.wire}"]
 
 
 def not_testable(found: subspace.Spectrum, width: int) -> str | None:
@@ -86,21 +107,25 @@ def not_testable(found: subspace.Spectrum, width: int) -> str | None:
     if found.rank >= width:
         return f"not testable by span decoding: {found.rank} tokens or more >= width {width}"
     if found.rank == 0:
-        return "not testable by span decoding: the first attention layer's gradient is zero or not finite"
+        what = "all noise" if found.sigma else "zero or not finite"
+        return f"not testable by span decoding: the first attention layer's gradient is {what}"
     return None
 
 
-def _with_dropout(problem: Problem, first: FirstAttention, gradients, basis, seed: int, notify: Notify) -> Found:
+def _with_dropout(
+    problem: Problem, first: FirstAttention, gradients, space: subspace.Spectrum, seed: int, notify: Notify
+) -> Found:
     """Rows, then sentences; a rate that is not told is read off the rows and the sentences' equations."""
+    search = partial(decode, basis=space.basis, blur=space.blur, seed=seed, notify=notify)
     if problem.rate:
-        rows = decode(first, basis, seed=seed, notify=notify)
-        return Found(rows, _assembled(problem, first, gradients, rows).sentences if rows else [])
+        rows = search(first)
+        return Found(rows, _assembled(problem, first, gradients, space, rows).sentences if rows else [])
     first = first._replace(rate=rate.WIDEST)
-    rows = decode(first, basis, seed=seed, notify=notify)
+    rows = search(first)
     if not rows:
         return Found([], [])
     rescaled = lambda p: [row._replace(values=row.values * (1 - rate.WIDEST) / (1 - p)) for row in rows]  # noqa: E731
-    assembled = lambda p: _assembled(problem, first, gradients, rescaled(p))  # noqa: E731
+    assembled = lambda p: _assembled(problem, first, gradients, space, rescaled(p))  # noqa: E731
     kept = np.stack([row.kept for row in rows])
     if first.later is None:
         read = rate.fit(kept, lambda p: assembled(p).singular, sum(row.position == 0 for row in rows))
@@ -110,19 +135,29 @@ def _with_dropout(problem: Problem, first: FirstAttention, gradients, basis, see
     return Found(rescaled(read), assembled(read).sentences, notes=notes)
 
 
-def _assembled(problem: Problem, first: FirstAttention, gradients, rows: list[Row]) -> assemble.Assembly:
+def _assembled(
+    problem: Problem, first: FirstAttention, gradients, space: subspace.Spectrum, rows: list[Row]
+) -> assemble.Assembly:
     inputs = np.stack([row.values for row in rows])
     inputs = inputs if first.later is None else normalise(first.later, inputs)
-    heads = problem.model.config.num_attention_heads
+    heads, noise = problem.model.config.num_attention_heads, np.split(space.deviations, 3)[:2]
     projected = assemble.projections(inputs, gradients, first.query, first.key, heads)
+    if space.sigma:  # tensors to which noise was added may have been brought to one size before
+        scale = assemble.key_scale(projected)
+        projected, noise = (
+            projected._replace(key_cotangent=scale * projected.key_cotangent),
+            (noise[0], scale * noise[1]),
+        )
     matrix = assemble.equations(projected).reshape(len(rows), -1)
-    return assemble.assemble(matrix, np.array([row.position for row in rows]))
+    found = assemble.assemble(matrix, np.array([row.position for row in rows]))
+    bounded = [assemble.bounded(s, matrix, projected, inputs, tuple(noise)) for s in found.sentences]
+    return found._replace(sentences=bounded)
 
 
 def certified(sentence: Sentence, rows: Sequence[Row], problem: Problem) -> bool:
     """Whether a sentence is proven: its equations hold, every position is there once, and its ends are right."""
     members_ = [rows[i] for i in sentence.rows]
-    if sentence.residual > WHOLE or [row.position for row in members_] != list(range(len(members_))):
+    if sentence.residual > sentence.limit or [row.position for row in members_] != list(range(len(members_))):
         return False
     vocabulary = problem.vocabulary
     starts = vocabulary.cls is None or members_[0].token == vocabulary.cls
@@ -180,10 +215,10 @@ def _notes(problem: Problem, rank: int, found: Found) -> list[str]:
     return notes
 
 
-def _nothing(problem: Problem, found: subspace.Spectrum, reason: str) -> Result:
+def _nothing(problem: Problem, found: subspace.Spectrum, reason: str, said: list[str]) -> Result:
     pad = np.full((1, 1), problem.vocabulary.pad, np.int32)
     evidence = _evidence(found, problem) | {"sentences": [], "rows": [], "not_testable": reason}
-    return Result(pad, np.zeros((1, 1)), float("nan"), None, None, [], [reason], evidence)
+    return Result(pad, np.zeros((1, 1)), float("nan"), None, None, [], [reason, *said], evidence)
 
 
 def _evidence(found: subspace.Spectrum, problem: Problem) -> dict[str, Any]:
@@ -193,5 +228,7 @@ def _evidence(found: subspace.Spectrum, problem: Problem) -> dict[str, Any]:
         "rank": found.rank,
         "gap_rank": found.gap_rank,
         "floor": found.floor,
+        "wire": found.wire,
+        "sigma": found.sigma,
         "spectrum": [float(v) for v in found.values],
     }

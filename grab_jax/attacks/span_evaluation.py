@@ -23,6 +23,8 @@ from grab_jax.types import Problem
 
 SPARE = 32
 """Dimensions that the second layer's gradient must leave free: then no wrong sentence lies in its span by chance."""
+BLURRED = 0.03
+"""Noise of the second layer's span from which it judges no more: wrong sentences are away by 0.14 or more."""
 UNSURE = 0.9
 """Certificates of rows that others could replace stay below this."""
 
@@ -44,7 +46,7 @@ class Found(NamedTuple):
 def solve(
     problem: Problem,
     first: FirstAttention,
-    basis: Float[np.ndarray, "d r"],
+    space: subspace.Spectrum,
     gradients: Sequence[Float[np.ndarray, "d o"]],
     *,
     whole: float,
@@ -54,11 +56,11 @@ def solve(
     """Decode a batch.
 
     Args:
-      basis: of the span of `gradients`, those of the first layer's kernels.
+      space: span of `gradients`, those of the first layer's kernels.
       whole: largest residual of a proven sentence.
     """
-    near = members.members(first, basis, gradients, seed=seed, notify=notify)
-    likely = members.independent(near, basis)
+    near = members.members(first, space.basis, gradients, noise=space.noise, seed=seed, notify=notify)
+    likely = members.independent(near, space.basis, space.noise)
     if not likely:
         return Found([], [])
     second = judge(problem, len(likely))
@@ -66,6 +68,7 @@ def solve(
     found = _assembled(problem, first, gradients, likely, patience=4 if second is None else 0)
     complete, notes = False, ()
     if second is not None:
+        whole = max(whole, 1.2 * second.noise)
         ends = {"cls": problem.vocabulary.cls, "sep": problem.vocabulary.sep}
         search = context.Search(second, whole=whole, seed=seed, notify=notify, **ends)
         refuted = {ids: away for ids in found if (away := search.check(ids)) >= whole}
@@ -88,10 +91,11 @@ def judge(problem: Problem, rows: int) -> context.Second | None:
     if not set(first_attention.paths(model, 1)) <= problem.observed.keys():
         return None
     found = subspace.spectrum(first_attention.gradients(model, problem.observed, 1))
-    if not rows <= found.rank <= model.width - SPARE:
+    if not rows <= found.rank <= model.width - SPARE or found.noise > BLURRED:
         return None
     params = tuning.merge(problem.trainable, problem.frozen)
-    return context.Second(lambda ids, real: first_attention.inputs(model, params, ids, real, layer=1), found.basis)
+    inputs = lambda ids, real: first_attention.inputs(model, params, ids, real, layer=1)  # noqa: E731
+    return context.Second(inputs, found.basis, found.noise)
 
 
 def _assembled(
@@ -131,7 +135,7 @@ def _listed(near, likely, found: dict[tuple[int, ...], float], whole: float, com
     rows = [_row(m, m.sure or m[:2] in sure) for m in near if m[:2] in used]
     rows += [_row(m, m.sure) for m in likely if m[:2] not in used and not complete]
     number = {row[:2]: i for i, row in enumerate(rows)}
-    return rows, [Sentence(tuple(number[pair] for pair in enumerate(ids)), away) for ids, away in found.items()]
+    return rows, [Sentence(tuple(number[pair] for pair in enumerate(ids)), away, whole) for ids, away in found.items()]
 
 
 def _row(member: members.Member, sure: bool) -> Row:

@@ -19,16 +19,20 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy.optimize import linear_sum_assignment
 
+WHOLE = 1e-3
+"""Largest residual of a proven sentence without noise: right ones are below 1e-5, wrong ones above 1e-2."""
+
 
 class Sentence(NamedTuple):
     """Rows of one sentence in order of position.
 
     `residual` is `||sum T_i|| / sum ||T_i||` over its rows: rounding when the sentence is whole and right, 0.01 to 1
-    when a row is missing or false.
+    when a row is missing or false. Up to `limit` it proves the sentence.
     """
 
     rows: tuple[int, ...]
     residual: float
+    limit: float = WHOLE
 
 
 class Assembly(NamedTuple):
@@ -70,14 +74,17 @@ def projections(
 
 def equations(p: Projections) -> Float[np.ndarray, "n h e f"]:
     """The matrices `T_i` `[h, e, e + 1]`, every head scaled to the same size."""
-    n, heads, _ = p.query.shape
+    (size, one), column = _scales(p), (*p.query.shape[:2], 1)
+    left = p.query[..., None] * np.concatenate([p.query_cotangent, np.zeros(column)], -1)[..., None, :]
+    right = p.key_cotangent[..., None] * np.concatenate([p.key, np.full(column, one)], -1)[..., None, :]
+    return (left - right) / np.maximum(size, 1e-300)[None, :, None, None]
+
+
+def _scales(p: Projections) -> tuple[Float[np.ndarray, " h"], float]:
+    """The size of every head's equations, and what stands for the 1 beside a key."""
     norm = lambda x: np.linalg.norm(x, axis=(0, 2))  # noqa: E731
     size = norm(p.query_cotangent) * norm(p.query) + norm(p.key_cotangent) * norm(p.key)
-    zeros = np.zeros((n, heads, 1))
-    one = np.full((n, heads, 1), np.linalg.norm(p.key) / np.sqrt(n * heads))
-    left = p.query[..., None] * np.concatenate([p.query_cotangent, zeros], -1)[..., None, :]
-    right = p.key_cotangent[..., None] * np.concatenate([p.key, one], -1)[..., None, :]
-    return (left - right) / np.maximum(size, 1e-300)[None, :, None, None]
+    return size, float(np.linalg.norm(p.key) / np.sqrt(np.prod(p.key.shape[:2])))
 
 
 def assemble(matrix: Float[np.ndarray, "n m"], positions: Int[np.ndarray, " n"]) -> Assembly:
@@ -103,6 +110,47 @@ def assemble(matrix: Float[np.ndarray, "n m"], positions: Int[np.ndarray, " n"])
             if membership[row, sentence] > 0.5 or len(groups) == 1:
                 groups[sentence].append(int(row))
     return Assembly([Sentence(tuple(g), residual(matrix, g)) for g in groups], singular)
+
+
+def key_scale(p: Projections) -> float:
+    """The factor of the key cotangents under which all rows' equations add up: 1 unless tensors were rescaled."""
+    left = np.einsum("nha,nhb->hab", p.query, p.query_cotangent)
+    right = np.einsum("nha,nhb->hab", p.key_cotangent, p.key)
+    return float((left * right).sum() / max((right**2).sum(), 1e-300))
+
+
+def bounded(
+    sentence: Sentence,
+    matrix: Float[np.ndarray, "n m"],
+    p: Projections,
+    inputs: Float[np.ndarray, "n d"],
+    noise: tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]],
+) -> Sentence:
+    """The sentence with the residual that proves it: what noise explains, if every row of it would be missed.
+
+    Args:
+      matrix: rows `vec(T_i)`.
+      inputs: the rows themselves, by which the cotangents were fitted.
+      noise: standard deviations of the query and key gradients, for every column.
+    """
+    rows = list(sentence.rows)
+    sizes = np.linalg.norm(matrix[rows], axis=1)
+    total = max(sizes.sum(), 1e-300)
+    expected, weakest = _expected(rows, p, inputs, noise) / total, sizes.min() / total
+    return sentence._replace(limit=float(min(max(WHOLE, 3 * expected), weakest / 4)) if expected < weakest / 5 else 0.0)
+
+
+def _expected(rows: list[int], p: Projections, inputs: np.ndarray, noise: tuple[np.ndarray, np.ndarray]) -> float:
+    """Root mean square of `||sum T_i||` over rows of one sentence, from the noise of the cotangents."""
+    size, one = _scales(p)
+    spread = np.linalg.pinv(inputs @ inputs.T)[np.ix_(rows, rows)]
+    heads = len(size)
+    keys = np.concatenate([p.key, np.full((*p.key.shape[:2], 1), one)], -1)
+    parts = [
+        np.einsum("ihe,jhe,ij->h", x[rows], x[rows], spread) * (deviation.reshape(heads, -1) ** 2).sum(1)
+        for x, deviation in zip((p.query, keys), noise, strict=True)
+    ]
+    return float(np.sqrt(np.divide(sum(parts), size**2, out=np.zeros(heads), where=size > 0).sum()))
 
 
 def residual(matrix: Float[np.ndarray, "n m"], rows: Sequence[int]) -> float:

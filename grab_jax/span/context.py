@@ -33,10 +33,14 @@ Choices = Mapping[int, Sequence[int]]
 
 
 class Second(NamedTuple):
-    """The second attention layer: its inputs of given sentences, and the span of its gradient's columns."""
+    """The second attention layer: its inputs of given sentences, and the span of its gradient's columns.
+
+    `noise` is how far noise moves a unit vector of that span.
+    """
 
     inputs: Callable[[Int[np.ndarray, "n t"], Bool[np.ndarray, "n t"]], Float[Array, "n t d"]]
     basis: Float[np.ndarray, "d r"]
+    noise: float = 0.0
 
     def residuals(
         self, ids: Int[np.ndarray, "n t"], tick: Callable[[], None] = lambda: None
@@ -175,7 +179,7 @@ class Search:
         tries[:, :, position] = tokens
         self._left -= tries.size
         residuals = self._second.residuals(tries.reshape(-1, length), self._tick).reshape(n, len(tokens), length)
-        score = np.log(np.maximum(residuals, FLOOR)).mean(-1)
+        score = np.log(np.maximum(residuals, max(FLOOR, self._second.noise))).mean(-1)
         for hit in tries[residuals.max(-1) < self._whole]:
             self.check(tuple(hit.tolist()))
         for done in (np.array(s) for s in self.found if len(s) == length):

@@ -80,6 +80,7 @@ def decode(
     seed: int = 0,
     accept: float = ACCEPT,
     tolerance: float = 2e-3,
+    blur: Float[np.ndarray, "d r"] | None = None,
     notify: Callable[[int, int], None] = lambda found, rank: None,
 ) -> list[Row]:
     """All input rows that the subspace `basis` holds, dropout on.
@@ -88,9 +89,10 @@ def decode(
       seed: of the random goals.
       accept: certificate above which a row counts as proven.
       tolerance: see `polish`.
+      blur: standard deviations of the basis's entries; None is 0.
       notify: called with (rows found, rank) after every step.
     """
-    search = Rows(first, scaled_space(first, basis), accept=accept, tolerance=tolerance)
+    search = Rows(first, scaled_space(first, basis, blur), accept=accept, tolerance=tolerance)
     generator = np.random.default_rng(seed)
     _scan(search, notify)
     while search.missing and (search.rows or search.suspects):

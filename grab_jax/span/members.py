@@ -48,6 +48,7 @@ def members(
     basis: Float[np.ndarray, "d r"],
     gradients: Sequence[Float[np.ndarray, "d o"]],
     *,
+    noise: float = 0.0,
     seed: int = 0,
     notify: Callable[[int, int], None] = lambda found, rank: None,
 ) -> list[Member]:
@@ -55,22 +56,25 @@ def members(
 
     Args:
       gradients: kernels' gradients whose columns span `basis`.
+      noise: how far noise moves a unit vector of the span; where it is visible, no row is `sure`.
       seed: of the random starts of `pursuit`.
       notify: called with (positions' rows found so far, rank).
     """
+    inner, outer = max(NEAR, 1.2 * noise), max(FAR, 3 * noise)
     near: list[Member] = []
     for position in range(len(first.places)):
-        near += _at(first, basis, position)
-        notify(min(basis.shape[1], sum(m.away < NEAR for m in near)), basis.shape[1])
-        if position > 2 and not any(m.position >= position - 1 and m.away < FAR for m in near):
+        near += _at(first, basis, position, 10 * outer)
+        notify(min(basis.shape[1], sum(m.away < inner for m in near)), basis.shape[1])
+        if position > 2 and not any(m.position >= position - 1 and m.away < outer for m in near):
             break
     tick = lambda: notify(min(basis.shape[1], len(near)), basis.shape[1])  # noqa: E731
-    inside = [m for m in near if m.away < NEAR]
-    outside = sorted((m for m in near if m.away >= NEAR), key=lambda m: m.away)
+    inside = [m for m in near if m.away < inner]
+    outside = sorted((m for m in near if m.away >= inner), key=lambda m: m.away)
     if inside:
         rows = np.stack([m.values for m in inside]) @ basis
         shares, sizes = pursuit.solutions(rows, [basis.T @ g for g in gradients], seed=seed, tick=tick)
-        told = zip(inside, shares, sizes, irreplaceable(rows), strict=True)
+        sure = irreplaceable(rows) if inner == NEAR else np.zeros(len(rows), bool)
+        told = zip(inside, shares, sizes, sure, strict=True)
         inside = [m._replace(share=float(s), size=float(z), sure=bool(c)) for m, s, z, c in told]
     return sorted(inside, key=lambda m: -m.size) + outside
 
@@ -87,7 +91,7 @@ def irreplaceable(rows: Float[np.ndarray, "n r"]) -> Bool[np.ndarray, " n"]:
     return (left**2).sum(1) > 1 - 1e-8
 
 
-def independent(near: Sequence[Member], basis: Float[np.ndarray, "d r"]) -> list[Member]:
+def independent(near: Sequence[Member], basis: Float[np.ndarray, "d r"], noise: float = 0.0) -> list[Member]:
     """The first members that each raise the rank by a visible amount, sorted by position and token."""
     rank, known, chosen = basis.shape[1], np.zeros((basis.shape[1], 0)), []
     for member in near:
@@ -97,7 +101,7 @@ def independent(near: Sequence[Member], basis: Float[np.ndarray, "d r"]) -> list
         x = x / np.linalg.norm(x)
         for _ in range(2):
             x = x - known @ (known.T @ x)
-        if np.linalg.norm(x) > 1e-6:
+        if np.linalg.norm(x) > max(1e-6, 2 * noise):
             known = np.concatenate([known, x[:, None] / np.linalg.norm(x)], axis=1)
             chosen.append(member)
     return sorted(chosen, key=lambda m: m[:2])
@@ -113,11 +117,11 @@ def inputs64(
     return rows
 
 
-def _at(first: FirstAttention, basis: Float[np.ndarray, "d r"], position: int) -> list[Member]:
+def _at(first: FirstAttention, basis: Float[np.ndarray, "d r"], position: int, most: float) -> list[Member]:
     tokens = np.asarray(_closest(first, jnp.asarray(basis, jnp.float32), position, best=min(KEEP, len(first.words))))
     rows = inputs64(first, tokens, position)
     away = np.linalg.norm(rows - rows @ basis @ basis.T, axis=1) / np.linalg.norm(rows, axis=1)
-    near = np.flatnonzero(away < 10 * FAR)
+    near = np.flatnonzero(away < most)
     return [Member(position, int(tokens[i]), rows[i], float(away[i])) for i in near]
 
 

@@ -8,6 +8,7 @@ host.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,12 @@ from jaxtyping import Bool, Float
 
 CLEAR = 0.05
 """A coordinate is clear when its distance to the nearest level is below this times the row's mean size."""
+SPARE = 32
+"""Redundant coordinates without which a row may pass by chance."""
+DEVIATIONS = 3.0
+"""Standard deviations by which noise may move a coordinate."""
+
+Deviation = Callable[[Float[np.ndarray, "n d"]], Float[np.ndarray, "n d"]]
 
 
 class Polished(NamedTuple):
@@ -32,6 +39,7 @@ def polish(
     *,
     tolerance: float = 2e-3,
     accept: float = 0.98,
+    deviation: Deviation = np.zeros_like,
 ) -> Polished:
     """Snap approximate members `start` of the tokens `targets` to exact ones.
 
@@ -40,19 +48,19 @@ def polish(
 
     Args:
       tolerance: largest distance to a level, over the row's mean size, of an explained coordinate.
+      deviation: points of the subspace -> standard deviations of their coordinates; tolerances are at least 3 of them.
     """
-    targets, rows = np.asarray(targets, np.float64), np.asarray(start, np.float64)
-    size = np.abs(targets).mean(-1, keepdims=True)
+    targets, start = np.asarray(targets, np.float64), np.asarray(start, np.float64)
+    size, noise, rows = np.abs(targets).mean(-1, keepdims=True), DEVIATIONS * deviation(start), start
     for scale in (1.0, 1.0, 0.25, 0.25):
-        near = _levels(rows, targets)
-        clear = np.abs(rows - near) < scale * CLEAR * size
-        clear &= np.abs(targets) > 2.5 * scale * CLEAR * size
-        rows = _fit(basis, near, clear)
-    found = _certified(rows, targets, basis, tolerance)
+        near, limit = _levels(rows, targets), np.maximum(scale * CLEAR * size, noise)
+        rows = _fit(basis, near, (np.abs(rows - near) < limit) & (np.abs(targets) > 2.5 * limit))
+    limit = lambda points, size: np.maximum(tolerance * size, DEVIATIONS * deviation(points))  # noqa: E731
+    found = _certified(rows, targets, basis, limit(rows, size))
     weak = np.flatnonzero(found.certificate <= accept)
     if len(weak):
-        tried = _delete(targets[weak], basis, np.asarray(start, np.float64)[weak])
-        better = _certified(tried, targets[weak], basis, tolerance)
+        tried = _delete(targets[weak], basis, start[weak], noise[weak])
+        better = _certified(tried, targets[weak], basis, limit(tried, size[weak]))
         up = better.certificate > found.certificate[weak]
         for new, old in zip(better, found, strict=True):
             old[weak[up]] = new[up]
@@ -74,35 +82,38 @@ def _normal(basis: np.ndarray, use: np.ndarray) -> np.ndarray:
     return np.stack([basis[u].T @ basis[u] for u in use]) + 1e-10 * np.eye(basis.shape[1])
 
 
-def _certified(rows: np.ndarray, targets: np.ndarray, basis: np.ndarray, tolerance: float) -> Polished:
-    d, r = basis.shape
+def _certified(rows: np.ndarray, targets: np.ndarray, basis: np.ndarray, limit: np.ndarray) -> Polished:
+    """Certificates over the coordinates whose two levels lie well apart for their tolerance `limit` `[n, d]`."""
     near = _levels(rows, targets)
-    size = np.abs(targets).mean(-1, keepdims=True)
-    share = (np.abs(rows - near) < tolerance * size).mean(-1)
-    kept = np.abs(rows - targets) <= np.abs(rows)
-    return Polished(rows, (share * d - r) / max(d - r, 1), kept)
+    telling = np.abs(targets) > 3 * limit
+    spare = telling.sum(-1) - basis.shape[1]
+    wrong = (telling & (np.abs(rows - near) >= limit)).sum(-1)
+    certificate = np.where(spare >= min(SPARE, len(basis) // 8), 1 - wrong / np.maximum(spare, 1), 0.0)
+    return Polished(rows, certificate, np.abs(rows - targets) <= np.abs(rows))
 
 
-def _delete(targets: np.ndarray, basis: np.ndarray, start: np.ndarray, most: int = 40) -> np.ndarray:
+def _delete(targets: np.ndarray, basis: np.ndarray, start: np.ndarray, noise: np.ndarray, most: int = 40) -> np.ndarray:
     """Refit after dropping, one at a time, the coordinate with the largest studentised residual.
 
     The hat matrix of the used coordinates is downdated by rank one, so a deletion costs d^2 and no factorisation.
     """
     size = np.abs(targets).mean(-1, keepdims=True)
     near = _levels(start, targets)
-    use = (np.abs(start - near) < 0.08 * size) & (np.abs(targets) > 0.125 * size)
+    use = (np.abs(start - near) < np.maximum(0.08 * size, noise)) & (
+        np.abs(targets) > np.maximum(0.125 * size, 2.5 * noise)
+    )
     active = np.flatnonzero(use.sum(-1) >= basis.shape[1] + 8)
     rows = start.copy()
     if not len(active):
         return rows
-    use, near, limit = use[active], near[active], 2e-4 * size[active, 0]
+    use, near, limit = use[active], near[active], np.maximum(2e-4 * size, noise)[active]
     hat = basis @ np.linalg.inv(_normal(basis, use)) @ basis.T
     residual = near - np.einsum("nij,nj->ni", hat, use * near)
     each = np.arange(len(active))
     for _ in range(most):
         slack = np.maximum(1 - np.diagonal(hat, axis1=1, axis2=2), 1e-6)
         wrong = np.where(use, np.abs(residual), 0)
-        go = (wrong.max(-1) >= limit) & (use.sum(-1) > basis.shape[1] + 8)
+        go = (wrong >= limit).any(-1) & (use.sum(-1) > basis.shape[1] + 8)
         if not go.any():
             break
         worst = (wrong / np.sqrt(slack)).argmax(-1)

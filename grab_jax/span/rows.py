@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from grab_jax.span.inputs import FirstAttention, embed, normalise
-from grab_jax.span.polish import polish
+from grab_jax.span.polish import DEVIATIONS, polish
 from grab_jax.span.scaling import Space
 
 
@@ -80,21 +80,30 @@ class Rows:
         go = go[self._distinct(kept, tokens[go], positions[go])]
         if not len(go):
             return 0
-        found = polish(targets[go], self.space.basis, z[go], tolerance=self.tolerance, accept=self.accept)
+        settings = {"tolerance": self.tolerance, "accept": self.accept, "deviation": self.space.deviation}
+        found = polish(targets[go], self.space.basis, z[go], **settings)
         good = (found.certificate > self.accept) & (found.kept.mean(-1) > self._least)
         before = len(self.rows)
         for i in sorted(np.flatnonzero(good), key=lambda i: -found.certificate[i]):
-            values = found.rows[i] / self.space.scale
+            values = self._exact(found.rows[i], np.where(found.kept[i], targets[go[i]], 0)) / self.space.scale
             row = Row(int(positions[go[i]]), int(tokens[go[i]]), values, found.kept[i], float(found.certificate[i]))
             self._accept(row)
         return len(self.rows) - before
 
+    def _exact(self, row: Float[np.ndarray, " d"], level: Float[np.ndarray, " d"]) -> Float[np.ndarray, " d"]:
+        """A fitted row, at its level where noise moved the fit visibly."""
+        noise = DEVIATIONS * self.space.deviation(row[None])[0]
+        return np.where(noise > self.tolerance * np.abs(row).mean(), level, row)
+
     def _nearly_binary(self, targets, z) -> Int[np.ndarray, " m"]:
-        size = np.abs(targets).mean(-1, keepdims=True)
-        distance = np.minimum(np.abs(z - targets), np.abs(z)) / size
+        size, noise = np.abs(targets).mean(-1, keepdims=True), self.space.deviation(z)
+        distance = np.minimum(np.abs(z - targets), np.abs(z))
+        binary = (distance < np.maximum(0.08 * size, 2 * noise)).mean(-1) >= 0.72
         kept = (np.abs(z - targets) <= np.abs(z)).mean(-1)
-        new = self.outside(z) > 0.02 if self.rows else np.ones(len(z), bool)
-        return np.flatnonzero(((distance < 0.08).mean(-1) >= 0.72) & (kept > self._least - 0.15) & new)
+        length = np.maximum(np.linalg.norm(z, axis=1), 1e-12)
+        moved = np.maximum(0.02, 2 * np.linalg.norm(noise, axis=1) / length)
+        new = self.outside(z) > moved if self.rows else np.ones(len(z), bool)
+        return np.flatnonzero(binary & (kept > self._least - 0.15) & new)
 
     @staticmethod
     def _distinct(kept, tokens, positions) -> list[int]:
@@ -110,8 +119,10 @@ class Rows:
         if not self.missing:
             return
         values = row.values if self.first.later is None else normalise(self.first.later, row.values[None])[0]
-        inputs = _new_part(values @ self.space.inputs, self._inputs)
-        scaled = _new_part((row.values * self.space.scale) @ self.space.basis, self._scaled)
+        point = row.values * self.space.scale
+        moved = max(1e-4, 2 * np.linalg.norm(self.space.deviation(point[None])) / np.linalg.norm(point))
+        inputs = _new_part(values @ self.space.inputs, self._inputs, moved)
+        scaled = _new_part(point @ self.space.basis, self._scaled, moved)
         if inputs is None or scaled is None:
             return
         self._inputs = np.concatenate([self._inputs, inputs[:, None]], axis=1)
@@ -119,7 +130,7 @@ class Rows:
         self.rows.append(row)
 
 
-def _new_part(x: np.ndarray, known: np.ndarray, tolerance: float = 1e-4) -> np.ndarray | None:
+def _new_part(x: np.ndarray, known: np.ndarray, tolerance: float) -> np.ndarray | None:
     """The unit vector along what `x` adds to the orthonormal columns `known`, None if that is nothing."""
     x = x / np.linalg.norm(x)
     for _ in range(2):

@@ -16,33 +16,43 @@ class Space(NamedTuple):
     """The subspace as the solver wants it: coordinates scaled to unit size over the vocabulary.
 
     `basis` `[d, r]` is orthonormal in scaled coordinates, `padded` the same in float32 with columns of zeros up to a
-    bucket; `inputs` `[d, r]` spans the layer's inputs themselves.
+    bucket; `inputs` `[d, r]` spans the layer's inputs themselves. `basis` times `mixing` gives vectors whose entries
+    have standard deviations `blur`.
     """
 
     scale: Float[np.ndarray, " d"]
     basis: Float[np.ndarray, "d r"]
     padded: Float[Array, "d p"]
     inputs: Float[np.ndarray, "d r"]
+    mixing: Float[np.ndarray, "r r"]
+    blur: Float[np.ndarray, "d r"]
+
+    def deviation(self, points: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+        """Standard deviations of the coordinates of scaled points of the subspace, from the noise of its basis."""
+        shares = np.linalg.solve(self.mixing, self.basis.T @ points.T)
+        return np.sqrt(shares.T**2 @ self.blur.T**2)
 
 
-def scaled_space(first: FirstAttention, basis: Float[np.ndarray, "d r"]) -> Space:
-    """Prepare a subspace of layer inputs for the solver.
+def scaled_space(
+    first: FirstAttention, basis: Float[np.ndarray, "d r"], blur: Float[np.ndarray, "d r"] | None = None
+) -> Space:
+    """Prepare a subspace of layer inputs for the solver; `blur` holds the standard deviations of the basis's entries.
 
     Where a norm follows the dropout, `x = scale (h - mean) / deviation + shift`, so h lies in the span of
     `basis / scale`, `shift / scale` and 1: two more basis vectors shared by all rows.
     """
-    inputs = basis
+    inputs, blur = basis, np.zeros_like(basis) if blur is None else blur
     if first.later is not None:
         gain, shift = (np.asarray(part, np.float64) for part in first.later[:2])
         more = [np.ones(len(gain))] + ([shift / gain] if np.linalg.norm(shift) > 1e-6 else [])
         basis = np.concatenate([basis / gain[:, None]] + [(m / np.linalg.norm(m))[:, None] for m in more], axis=1)
-        basis = np.linalg.qr(basis)[0]
+        blur = np.pad(blur / np.abs(gain)[:, None], ((0, 0), (0, len(more))))
     scale = _scale(first)
-    scaled = np.linalg.qr(basis * scale[:, None])[0]
+    scaled, mixing = np.linalg.qr(basis * scale[:, None])
     width = bucket(scaled.shape[1], 8)
     padded = np.zeros((len(scale), min(width, max(len(scale), scaled.shape[1]))), np.float32)
     padded[:, : scaled.shape[1]] = scaled
-    return Space(scale, scaled, jnp.asarray(padded), inputs)
+    return Space(scale, scaled, jnp.asarray(padded), inputs, mixing, blur * scale[:, None])
 
 
 def bucket(size: int, least: int) -> int:

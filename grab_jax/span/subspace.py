@@ -1,7 +1,8 @@
 """The row space of the first attention layer's gradient: its rank and an orthonormal basis, in float64 on the host.
 
 A kernel's gradient is `X.T @ dY`, so the columns of the query, key and value gradients, side by side, span the
-layer's inputs: one dimension per token while the batch has fewer tokens than the model is wide.
+layer's inputs: one dimension per token while the batch has fewer tokens than the model is wide. What stands above the
+noise of the update (`noise`) is kept; how far that noise moves the basis follows from first-order perturbation.
 """
 
 from __future__ import annotations
@@ -12,15 +13,20 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-ROUNDING = 2.0**-24
-"""Relative rounding error of float32."""
+from grab_jax.span import noise
+
+SPARE = 32
+"""Singular values that the noise alone must explain before it counts as noise."""
 
 
 class Spectrum(NamedTuple):
     """Singular values of the stacked gradient (largest first), the noise floor, the chosen rank and a basis.
 
     `rank` counts the values above `floor`, or is the place of the largest ratio `gap_rank` where all values between the
-    two are near the floor; `gap` is the ratio of the two values around it. `basis` is `[d, rank]`, orthonormal.
+    two are near the floor; `gap` is the ratio of the two values around it. `basis` is `[d, rank]`, orthonormal, and
+    `blur` the standard deviations of its entries, `deviations` those of the gradients' columns (their root mean
+    squares). `wire` is the precision the gradients came in, `sigma` the standard
+    deviation of the noise that was added to their entries, as read off them (0: none).
     """
 
     values: Float[np.ndarray, " d"]
@@ -29,46 +35,68 @@ class Spectrum(NamedTuple):
     gap: float
     gap_rank: int
     basis: Float[np.ndarray, "d r"]
+    blur: Float[np.ndarray, "d r"]
+    deviations: Float[np.ndarray, " m"]
+    wire: str = "float32"
+    sigma: float = 0.0
+
+    @property
+    def noise(self) -> float:
+        """How far noise moves a unit vector of the span at most (root mean square)."""
+        return float(np.linalg.norm(self.blur, axis=0).max(initial=0.0))
 
 
-def spectrum(
-    gradients: Sequence[Float[np.ndarray, "d o"]], *, relative: float = ROUNDING, sigma: float = 0.0
-) -> Spectrum:
+def spectrum(gradients: Sequence[Float[np.ndarray, "d o"]]) -> Spectrum:
     """Rank and basis of the space that the gradients' columns span.
 
     Args:
       gradients: kernels' gradients `[d, o]` that share their inputs (query, key, value).
-      relative: rounding error of an entry relative to its size (2^-24 for float32, 2^-9 for bfloat16).
-      sigma: standard deviation of noise added to every entry; columns are then not normalised.
 
-    The noise floor is that of a random matrix of the same shape: `s (sqrt(columns) + sqrt(d))` for entries of standard
-    deviation s.
+    Columns are scaled to equal noise. The noise is rounding to the precision they came in; if nothing is below that
+    and the lower singular values are those of noise of one level, it is this.
     """
     stacked = np.concatenate([np.asarray(g, np.float64) for g in gradients], axis=1)
     norms = np.linalg.norm(stacked, axis=0)
     alive = norms > 1e-9 * norms.max(initial=0.0)
     d = stacked.shape[0]
     if not alive.any() or not np.isfinite(stacked).all():
-        return Spectrum(np.zeros(d), 0.0, 0, 0.0, 0, np.zeros((d, 0)))
-    edge = np.sqrt(alive.sum()) + np.sqrt(d)
-    if sigma:
-        stacked, floor = stacked[:, alive], 1.05 * sigma * edge
-    else:  # rounding is relative to each column
-        stacked = stacked[:, alive] / norms[alive]
-        floor = 6.0 * relative / np.sqrt(d) * edge
-    left, values, _ = np.linalg.svd(stacked, full_matrices=False)
+        return Spectrum(np.zeros(d), 0.0, 0, 0.0, 0, *(np.zeros((d, 0)),) * 2, np.zeros(len(alive)))
+    stacked = stacked[:, alive]
+    wire = noise.precision(stacked)
+    found = _above(stacked, noise.rounding(stacked, wire), vague=20.0 if wire == "float32" else 1.0)
+    sigma = 0.0
+    if found.rank == d:
+        raw = np.linalg.svd(stacked, compute_uv=False)
+        sigma = noise.level(raw, stacked.shape, spare=SPARE) or 0.0
+        found = _above(stacked, np.full((1, stacked.shape[1]), sigma)) if sigma else found
+    deviations = np.zeros(len(alive))
+    deviations[alive] = found.deviations
+    return found._replace(deviations=deviations, wire=wire, sigma=sigma)
+
+
+def _above(stacked: Float[np.ndarray, "d m"], deviation: Float[np.ndarray, "_ m"], vague: float = 1.0) -> Spectrum:
+    """What stands above noise of these standard deviations (`[d, m]` or `[1, m]`); see `_rank` for `vague`."""
+    d, m = stacked.shape
+    columns = np.sqrt((deviation**2).mean(0))
+    scale = 1 / columns
+    scale /= np.sqrt(np.mean((np.linalg.norm(stacked, axis=0) * scale) ** 2))  # columns of about unit size
+    deviation = deviation * scale
+    floor = noise.edge(deviation, (d, m))
+    left, values, right = np.linalg.svd(stacked * scale, full_matrices=False)
     values = np.pad(values, (0, d - len(values)))
     ratios = values[:-1] / np.maximum(values[1:], floor / 10)
-    rank = _rank(values, floor, int(ratios.argmax()) + 1)
+    rank = _rank(values, floor, int(ratios.argmax()) + 1, vague)
     gap = float(values[rank - 1] / max(values[rank], floor / 10)) if 0 < rank < d else 0.0
-    return Spectrum(values, float(floor), rank, gap, int(ratios.argmax()) + 1, left[:, :rank])
+    # A left singular vector moves by noise @ right vector / singular value, to first order.
+    moved = np.sqrt(np.broadcast_to(deviation**2, (d, m)) @ (right[:rank].T ** 2)) / values[:rank]
+    return Spectrum(values, float(floor), rank, gap, int(ratios.argmax()) + 1, left[:, :rank], moved, columns)
 
 
-def _rank(values: np.ndarray, floor: float, gap_rank: int) -> int:
-    """Values above the floor, less those just above it behind the largest gap.
+def _rank(values: np.ndarray, floor: float, gap_rank: int, vague: float) -> int:
+    """Values above the floor, less those behind the largest gap and below `vague` floors.
 
     Where a gradient's columns cancel (keys do not see what all rows share), rounding is relative to the terms and may
     pass a floor that is relative to their sum.
     """
     rank = int((values > floor).sum())
-    return gap_rank if gap_rank < rank and values[gap_rank] < 20 * floor else rank
+    return gap_rank if gap_rank < rank and values[gap_rank] < vague * floor else rank
