@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -55,7 +56,6 @@ class Clients:
 
 def load(setting: Setting) -> Clients:
     """Load model, tokenizer and sentences."""
-    jax.config.update("jax_default_matmul_precision", "highest")
     loaded = models.load(setting.model, dropout=setting.dropout)
     sentences = data.sentences(DataConfig(name=setting.data, shuffle=setting.shuffle))
     loaded = dataclasses.replace(loaded, params=jax.device_put(loaded.params))
@@ -96,7 +96,7 @@ def described(problem: Problem) -> FirstAttention:
 
 def layer_inputs(first: FirstAttention, tokens, positions, kept: Bool[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     """Rows under their dropout masks, after any later norm."""
-    rows = np.asarray(embed(first, tokens, positions), np.float64) * kept
+    rows = np.asarray(embed(first, jnp.asarray(tokens), jnp.asarray(positions)), np.float64) * kept
     return rows if first.later is None else normalise(first.later, rows)
 
 
