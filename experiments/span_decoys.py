@@ -357,6 +357,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 def main(_argv: list[str]) -> None:
     """Attack the decoys and print the table."""
+    jax.config.update("jax_default_matmul_precision", "highest")
     setting = common.Setting(MODEL.value, DATA.value, SHUFFLE.value, DROPOUT.value, SEED.value)
     out = Path(OUT.value) if OUT.value else None
     if out:
