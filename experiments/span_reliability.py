@@ -199,8 +199,11 @@ def main(_argv: list[str]) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     clients = common.load(common.Setting(MODEL.value, DATA.value, SHUFFLE.value, DROPOUT.value, SEED.value))
     sizes, sigmas = list(map(int, SIZES.value)), list(map(float, NOISE.value))
-    levels = {sigma: measure(clients, BATCHES.value, sizes, sigma) for sigma in sigmas}
-    print("\n".join([common.header(*COLUMNS), *(line for item in levels.items() for line in lines(*item))]))
+    print(common.header(*COLUMNS))
+    levels = {}
+    for sigma in sigmas:
+        levels[sigma] = measure(clients, BATCHES.value, sizes, sigma)
+        print("\n".join(lines(sigma, levels[sigma])), flush=True)
     path = Path(FIGURE.value)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure(levels).savefig(path, dpi=150)
