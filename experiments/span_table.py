@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import common
 import numpy as np
 from absl import app, flags, logging
 
@@ -26,7 +27,9 @@ SHUFFLE = flags.DEFINE_integer("shuffle", 0, "seed that draws the sentences")
 TASK = flags.DEFINE_enum("task", "classification", ["classification", "causal_lm"], "what the client trains")
 RATE = flags.DEFINE_bool("known_rate", True, "whether the server knows the dropout rate")
 SEED = flags.DEFINE_integer("seed", 0, "seed of dropout, head and search")
-HEADER = "| data | dropout | B | sentences | mean tokens | rows found | exact | certified | wrong | s / batch |"
+COLUMNS = (
+    "data", "dropout", "B", "sentences", "mean tokens", "rows found", "exact", "certified", "wrong", "s / batch",
+)  # fmt: skip
 
 
 def config(cell: str) -> Config:
@@ -59,9 +62,8 @@ def line(cell: str, folder: Path) -> str:
     found = sum(len(evidence.of(record)["rows"]) for record in records)
     rank = sum(evidence.of(record)["rank"] for record in records)
     seconds = np.mean([record["seconds"]["attack"] for record in records])
-    parts = (name, dropout, size, n, f"{rank / len(records):.0f}", f"{found}/{rank}", f"{exact:.1f} %",
-             proven, wrong, f"{seconds:.1f}")  # fmt: skip
-    return "| " + " | ".join(map(str, parts)) + " |"
+    return common.line(name, dropout, size, n, f"{rank / len(records):.0f}", f"{found}/{rank}", f"{exact:.1f} %",
+                       proven, wrong, f"{seconds:.1f}")  # fmt: skip
 
 
 def recovered(record: dict) -> int:
@@ -73,7 +75,7 @@ def recovered(record: dict) -> int:
 
 def main(_argv: list[str]) -> None:
     """Run or resume every cell and print the table."""
-    print(HEADER + "\n" + "|---" * HEADER.count(" | ") + "|---|")
+    print(common.header(*COLUMNS))
     logging.set_verbosity(logging.WARNING)
     for cell in CELLS.value:
         with contextlib.redirect_stdout(sys.stderr):

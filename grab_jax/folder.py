@@ -81,8 +81,17 @@ def _object(text: str, where: str) -> dict[str, Any]:
 
 
 def finished(folder: Path) -> dict[str, dict[str, Any]]:
-    """Records by id; an incomplete last line, left by a kill, is dropped."""
-    path = folder / "results.jsonl"
+    """The records of a run folder by id."""
+    return records(folder / "results.jsonl")
+
+
+def append(folder: Path, record: dict[str, Any]) -> None:
+    """Add one record to a run folder."""
+    add(folder / "results.jsonl", record)
+
+
+def records(path: Path) -> dict[str, dict[str, Any]]:
+    """Lines of a file by their id; an incomplete last line, left by a kill, is dropped."""
     if not path.is_file():
         return {}
     content = path.read_bytes()
@@ -90,13 +99,13 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
     if whole < len(content):
         os.truncate(path, whole)
     lines = content[:whole].decode("utf-8", "replace").split("\n")
-    records = [_object(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line]
-    return {record.get("id"): record for record in records}
+    found = [_object(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line]
+    return {record.get("id"): record for record in found}
 
 
-def append(folder: Path, record: dict[str, Any]) -> None:
-    """Add one line to `results.jsonl` and force it to disk."""
-    with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
+def add(path: Path, record: dict[str, Any]) -> None:
+    """Add one line to a file and force it to disk."""
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())

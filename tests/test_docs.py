@@ -25,6 +25,8 @@ SMALL = """--model=builtin:bert-mini --data=builtin --num_batches=2 --batch_size
 SMALL_SCRIPTS = {
     "bench_batching.py": "--model=builtin:bert-mini --together=2 --length=8 --steps=2 --repeats=1",
     "compare.py": "--a={run} --b={run}",
+    "span_decoys.py": "--problems=2 --sizes=1 --out={tmp}/decoys.jsonl",
+    "span_reliability.py": "--batches=1 --sizes=1 --noise=0 --figure={tmp}/reliability.png",
     "span_table.py": "--cell=small=builtin:0.1:1:2 --folder={tmp}/cells",
     "train_builtin.py": """--text={root}/grab_jax/builtin/sentences.jsonl --held_out= --vocabulary_text=
         --out={tmp}/model --vocab=300 --layers=1 --width=32 --heads=2 --positions=16 --length=16 --batch=4 --steps=2
