@@ -52,33 +52,44 @@ def attack(
       on_segment: called with None and the progress.
     """
     del config, state
-    results = []
+    notify = shown(on_segment)
+    return [recover(problem, seed_of(key), notify) for key, problem in zip(keys, problems, strict=True)]
+
+
+def seed_of(key: Key[Array, ""]) -> int:
+    """The seed of a client batch's searches."""
+    return int(jax.random.bits(key, dtype=np.uint32))
+
+
+def shown(on_segment: OnSegment | None) -> Notify:
+    """Rows found and rank as progress, without a state to resume from."""
 
     def notify(found: int, rank: int) -> None:
         if on_segment is not None:
             on_segment(None, Progress(0, "rows", found, rank, np.full(1, np.nan), None))
 
-    for key, problem in zip(keys, problems, strict=True):
-        seed = int(jax.random.bits(key, dtype=np.uint32))
-        results.append(recover(problem, seed, notify))
-    return results
+    return notify
 
 
 def recover(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> Result:
     """One client batch."""
+    return result(problem, *decoded(problem, seed, notify))
+
+
+def decoded(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> tuple[subspace.Spectrum, Found | None]:
+    """What a client batch's update holds: its spectrum, then rows and sentences, or None where it is not testable."""
     model = problem.model
     first = first_attention.describe(model, {**problem.frozen, **problem.trainable})
     if not problem.dropout:
         first = first._replace(rate=0.0)
     gradients = first_attention.gradients(model, problem.observed)
     found = subspace.spectrum(gradients)
-    reason = not_testable(found, model.width)
-    if reason:
-        return _nothing(problem, found, reason)
+    if not_testable(found, model.width):
+        return found, None
     if problem.dropout:
-        return _result(problem, found, _with_dropout(problem, first, gradients, found.basis, seed, notify))
+        return found, _with_dropout(problem, first, gradients, found.basis, seed, notify)
     solved = span_evaluation.solve(problem, first, found.basis, gradients, whole=WHOLE, seed=seed, notify=notify)
-    return _result(problem, found, solved)
+    return found, solved
 
 
 def not_testable(found: subspace.Spectrum, width: int) -> str | None:
@@ -129,7 +140,10 @@ def certified(sentence: Sentence, rows: Sequence[Row], problem: Problem) -> bool
     return starts and (vocabulary.sep is None or members_[-1].token == vocabulary.sep)
 
 
-def _result(problem: Problem, spectrum: subspace.Spectrum, found: Found) -> Result:
+def result(problem: Problem, spectrum: subspace.Spectrum, found: Found | None) -> Result:
+    """Sentences in the order found, with what proves them; a blank one where the update is not testable."""
+    if reason := not_testable(spectrum, problem.model.width):
+        return _nothing(problem, spectrum, reason)
     rows, sentences = found.rows, found.sentences
     count = max(len(sentences), 1)
     length = max([row.position + 1 for row in rows] + [problem.known.ids.shape[1]])
