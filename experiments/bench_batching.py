@@ -64,7 +64,7 @@ def per_score(problem, attack: AttackConfig) -> float:
     context = programs.context(problem, mesh, programs.stack([problem], mesh))
     compiled = programs.compiled(problem.model, attack, problem.vocabulary.pad, mesh)
     candidate = programs.at(grab.start(jax.random.split(jax.random.key(1), 1), [problem], attack).solution, 0)
-    ids = jnp.tile(problem.known.ids, (programs.CHUNK, 1, 1))
+    ids = jnp.tile(problem.known.ids.clip(0), (programs.CHUNK, 1, 1))
     return 1e3 * _median(lambda: jax.block_until_ready(compiled.score(ids, candidate, context))) / programs.CHUNK
 
 

@@ -65,11 +65,11 @@ class Judged(NamedTuple):
 
 
 def candidates(
-    first: FirstAttention, gradients: Sequence[Float[np.ndarray, "d o"]], length: int, sigma: float
+    first: FirstAttention, gradients: Sequence[Float[np.ndarray, "d o"]], length: int
 ) -> Iterator[Candidates]:
     """Position by position, what the decoder's first pass would look at: the only function that knows its steps."""
-    basis = subspace.spectrum(gradients, sigma=sigma).basis
-    search = Rows(first, scaled_space(first, basis), accept=decode.ACCEPT, tolerance=2e-3)
+    found = subspace.spectrum(gradients)
+    search = Rows(first, scaled_space(first, found.basis, found.blur), accept=decode.ACCEPT, tolerance=2e-3)
     space, scale = search.space, jnp.asarray(search.space.scale, jnp.float32)
     for position in range(length):
         where = jnp.array([position])
@@ -77,8 +77,9 @@ def candidates(
         positions = jnp.full_like(tokens, position)
         z, _ = decode.solve_pairs(search, tokens, positions, 150)
         targets = np.asarray(embed(first, tokens, positions), np.float64) * space.scale
-        found = polish.polish(targets, space.basis, z, tolerance=search.tolerance, accept=search.accept)
-        enough = found.kept.mean(-1) > search._least
+        settings = {"tolerance": search.tolerance, "accept": search.accept, "deviation": space.deviation}
+        found = polish.polish(targets, space.basis, z, **settings)
+        enough = (found.kept.mean(-1) > search.least) & (found.kept.mean(-1) <= search.most)
         yield Candidates(np.asarray(positions), np.asarray(tokens), found.certificate, found.kept, enough)
 
 
@@ -105,7 +106,7 @@ def measure(clients: common.Clients, batches: int, sizes: Sequence[int], sigma: 
         generator = np.random.default_rng([clients.setting.seed, number])
         observed = first_attention.gradients(truth.problem.model, truth.problem.observed)
         length = int(real.positions.max()) + 1
-        found = candidates(common.described(truth.problem), noisy(observed, sigma, generator), length, sigma)
+        found = candidates(common.described(truth.problem), noisy(observed, sigma, generator), length)
         parts += [judged(some, real) for some in found]
         print(f"\rnoise {sigma:g}: batch {number + 1} of {batches * len(sizes)}", end="", file=sys.stderr)
     print(file=sys.stderr)

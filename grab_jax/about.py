@@ -81,7 +81,17 @@ def _count(number: int, noun: str) -> str:
 def _assumptions(config: Config, model: Any) -> list[str]:
     exact = "" if _defended(config) else "exact float32 "
     server = f"Honest-but-curious server: it sees one client's {exact}gradient as it is sent, and the weights it sent."
-    return [server, *(_told_span(config, model) if config.attack.name == "span" else _told_grab(config))]
+    if config.attack.name == "span":
+        return [server, *_told_span(config, model)]
+    return [server, *_told_grab(config), *([_begun(model)] if config.attack.init == "span" else [])]
+
+
+def _begun(model: Any) -> str:
+    return (
+        "It first decodes the first attention layer's gradient (span decoding), holds the tokens and masks that this "
+        f"proves, and searches the rest; a batch of as many tokens as the model is wide ({model.width}) it searches "
+        "knowing nothing."
+    )
 
 
 def _told_span(config: Config, model: Any) -> list[str]:

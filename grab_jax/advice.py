@@ -27,9 +27,11 @@ def advice(
 ) -> list[dict[str, str]]:
     """Title, reason and command of each change that is not already in force and that the attack may feel.
 
-    `attacked` are the run's records; where they hold evidence, it tells how large a batch is large enough.
+    `attacked` are the run's records; where they hold evidence and no search went on from there, it tells how large a
+    batch is large enough.
     """
-    flags, largest = settings(run), evidence.widest(attacked)
+    flags, searched = settings(run), any(map(evidence.searched, attacked))
+    largest = None if searched else evidence.widest(attacked)
     # What span decoding reads does not depend on whether the embeddings are trained.
     others = [_fill(flags, *largest)] if largest else [_batch_size(flags), _frozen(flags)]
     return [

@@ -104,6 +104,10 @@ class AttackConfig:
     name: Literal["grab", "span"] = setting(
         "grab", "grab: gradient matching with learned dropout masks; span: exact decoding of the first layer's gradient"
     )
+    init: Literal["none", "span"] = setting(
+        "none",
+        "where grab begins: knowing nothing, or with the tokens and masks that span decoding proves held fixed",
+    )
     rounds: int = setting(5, "hybrid rounds (continuous, then discrete)")
     steps: int = setting(2000, "continuous steps per round")
     restarts: int = setting(1, "independent continuous runs per round; the best goes on")
@@ -117,7 +121,8 @@ class AttackConfig:
     clip: float | None = setting(None, "rescale the embeddings' gradient above this norm (large models: 0.5)")
     masks: Literal["learn", "off", "true"] = setting(
         "learn",
-        "dropout masks: learn them, ignore dropout, or use the client's true ones (a control, not an attack)",
+        "dropout masks: learn them, ignore dropout where none are known, or use the client's true ones (a control, not "
+        "an attack)",
     )
     mask_start: float = setting(0.0, "start of mask learning: 0 = a 0/1 draw (Grab), 1 = the keep rate everywhere")
     score_masks: Literal["learned", "off"] = setting(
@@ -193,6 +198,13 @@ class Config:
             raise InputError(
                 "--attack=grab needs --model_task=classification: its candidates are embeddings without a next token; "
                 "use --attack=span"
+            )
+        if self.attack.init == "span" and self.attack.name != "grab":
+            raise InputError(f"--attack_init=span is a start for --attack=grab, not for --attack={self.attack.name}")
+        if self.attack.init == "span" and "true" in (self.attack.masks, self.attack.tokens):
+            raise InputError(
+                "--attack_init=span cannot start a control, which is given the true masks or tokens; leave out "
+                "--attack_masks=true and --attack_tokens=true"
             )
         if not self.known.rate and self.attack.name == "grab":
             raise InputError("--noknown_rate needs --attack=span: grab's mask learning starts from the dropout rate")

@@ -31,6 +31,7 @@ def _grab(session: run.Session) -> dict[str, str]:
     said = f"{attack.name}: {attack.rounds} rounds x {attack.steps} steps, {attack.restarts} restart(s), "
     return {
         "attack": f"{said}masks {attack.masks}",
+        **({"start": f"what span decoding proves; {_fit(session)}"} if attack.init == "span" else {}),
         **_client(session),
         "batches": f"{len(session.batches)} in {len(work.groups)} group(s): {shapes} [sentences, tokens]",
         "memory": f"about {work.bytes / 2**30:.2f} of {work.memory / 2**30:.1f} GiB; "
@@ -56,8 +57,7 @@ def _client(session: run.Session) -> dict[str, str]:
 
 
 def _span(session: run.Session) -> dict[str, str]:
-    dropout, width = session.config.client.dropout > 0, session.loaded.model.width
-    counts = [rows(b.batch, dropout) for b in session.batches]
+    dropout, width, counts = session.config.client.dropout > 0, session.loaded.model.width, _counts(session)
     fit = [count for count in counts if count < width]
     shapes = Counter(tuple(batch.batch.ids.shape) for batch in session.batches)
     listed = ", ".join(f"{count} x {list(shape)}" for shape, count in sorted(shapes.items()))
@@ -70,6 +70,14 @@ def _span(session: run.Session) -> dict[str, str]:
         "compilations": _compilations(fit, dropout),
         "time": f"not estimated: seconds to minutes a batch, more as its tokens near the width; {about.device()}",
     }
+
+
+def _counts(session: run.Session) -> list[int]:
+    return [rows(b.batch, session.config.client.dropout > 0) for b in session.batches]
+
+
+def _fit(session: run.Session) -> str:
+    return _tokens(_counts(session), session.loaded.model.width)
 
 
 def rows(batch: Batch, dropout: bool) -> int:

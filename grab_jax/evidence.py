@@ -1,7 +1,8 @@
 """What a run's evidence says: which reconstructions are proven, and which batches could not be tested.
 
 A record's `evidence` is written by an attack that proves what it finds (`attacks.span`) and None for any other. It
-holds input rows, each one token at one position, and sentences made of them, with a certificate for either.
+holds input rows, each one token at one position, and sentences made of them, with a certificate for either. Where a
+search took over what was not found (`attacks.handover`), the record has a `trace` too: that batch was tested.
 """
 
 from __future__ import annotations
@@ -63,14 +64,19 @@ def counts(attacked: Sequence[Record]) -> dict[str, int | None]:
 # --- what could not be tested -----------------------------------------------------------------------------
 
 
+def searched(record: Record) -> bool:
+    """Whether a search looked at the batch, whatever was proven before it."""
+    return bool(record.get("trace"))
+
+
 def barred(record: Record) -> str | None:
     """Why the attack could not even begin; None where it did."""
-    return of(record).get("not_testable") or None
+    return None if searched(record) else of(record).get("not_testable") or None
 
 
 def blind(record: Record) -> bool:
     """Whether the attack began and found not one input row: then it assumed something false."""
-    return bool(of(record)) and not barred(record) and not of(record).get("rows")
+    return bool(of(record)) and not searched(record) and not barred(record) and not of(record).get("rows")
 
 
 def tested(record: Record) -> bool:

@@ -59,6 +59,18 @@ def project(masks: Masks | None) -> Masks | None:
     return None if masks is None else {name: jnp.clip(mask, 0.0, 1.0) for name, mask in masks.items()}
 
 
+def hold(masks: Masks | None, told: Masks | None) -> Masks | None:
+    """The masks with those told in their place, entry by entry where these are not NaN; None stays None."""
+    if masks is None or told is None:
+        return masks
+    return {**masks, **{name: jnp.where(jnp.isnan(mask), masks[name], mask) for name, mask in told.items()}}
+
+
+def complete(told: Masks | None, sites: Mapping[str, object], batch: int, length: int) -> Masks | None:
+    """Masks of every site: as told, and elsewhere the keep rate, which changes no activation; None stays None."""
+    return None if told is None else hold(relax(ones(sites, batch, length), sites, 1.0), told)
+
+
 def harden(masks: Masks, threshold: float = 0.5) -> Masks:
     """Round relaxed masks to 0/1 at `threshold`."""
     return {name: (mask >= threshold).astype(mask.dtype) for name, mask in masks.items()}

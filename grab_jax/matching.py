@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grab_jax import client, distances
+from grab_jax.masks import complete
 from grab_jax.types import Candidate, Known, Masks, Update
 
 Objective = Callable[..., Float[Array, ""]]
@@ -17,8 +18,9 @@ Objective = Callable[..., Float[Array, ""]]
 def embedding_objective(model: Any, distance: distances.Distance) -> Objective:
     """Distance of a continuous candidate.
 
-    Returns `objective(candidate, trainable, frozen, observed, known)`. Every shared tensor is matched except the word
-    table, which embeddings used as input do not touch.
+    Returns `objective(candidate, trainable, frozen, observed, known)`; a candidate without masks uses those told, and
+    no dropout where none are. Every shared tensor is matched except the word table, which embeddings used as input do
+    not touch.
     """
     simulate = client.fedsgd(model, factored=True)
 
@@ -26,7 +28,7 @@ def embedding_objective(model: Any, distance: distances.Distance) -> Objective:
         fixed = {**frozen, **{path: value for path, value in trainable.items() if path == model.word_table}}
         matched = {path: value for path, value in trainable.items() if path != model.word_table}
         labels = known.labels if candidate.labels is None else candidate.labels
-        masks = known.masks if candidate.masks is None else candidate.masks
+        masks = _told(model, known) if candidate.masks is None else candidate.masks
         update = simulate(matched, fixed, candidate.embeds, known.attention, labels, masks)
         return distance(update, observed)
 
@@ -37,7 +39,7 @@ def token_objective(model: Any, distance: distances.Distance, pad: int) -> Objec
     """Distance of a token candidate, every shared tensor matched.
 
     Returns `score(ids, masks, labels, trainable, frozen, observed, known)`; masks and labels that are None are taken
-    from `known`. A padding token is attended to nowhere, as in the client.
+    from `known` (no dropout where it holds no masks). A padding token is attended to nowhere, as in the client.
     """
     simulate = client.fedsgd(model, factored=True)
 
@@ -54,8 +56,12 @@ def token_objective(model: Any, distance: distances.Distance, pad: int) -> Objec
         # A row without any visible token would attend to nothing; its first token always stays visible.
         attention = attention.at[:, 0].set(True)
         labels = known.labels if labels is None else labels
-        masks = known.masks if masks is None else masks
+        masks = _told(model, known) if masks is None else masks
         value = distance(simulate(trainable, frozen, ids, attention, labels, masks), observed)
         return jnp.where(jnp.isnan(value), jnp.inf, value)
 
     return score
+
+
+def _told(model: Any, known: Known) -> Masks | None:
+    return complete(known.masks, model.sites, *known.ids.shape)

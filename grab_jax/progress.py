@@ -55,6 +55,7 @@ class Display:
         self._style = style
         self._log = log.open("a", encoding="utf-8") if log else None
         self._bar: tqdm | None = None
+        self._total = 0
         self._last = (None, 0.0)
 
     def say(self, text: str) -> None:
@@ -68,6 +69,7 @@ class Display:
     def begin(self, title: str, total: int) -> None:
         """A new group of batches, `total` continuous steps long."""
         self.say(title)
+        self._total = total
         if self._style == "bar":
             self._bar = tqdm(total=total, unit="step", leave=False, dynamic_ncols=True, file=sys.stderr)
 
@@ -79,10 +81,10 @@ class Display:
             self._bar.total, self._bar.n, self._bar.unit = progress.steps, progress.step, "row"
             self._bar.refresh()
         elif self._bar is not None:
-            done = progress.round * self._bar.total // rounds
+            done = progress.round * self._total // rounds
             if progress.phase != "select":
-                done += progress.step if progress.phase == "continuous" else self._bar.total // rounds
-            self._bar.n = done
+                done += progress.step if progress.phase == "continuous" else self._total // rounds
+            self._bar.total, self._bar.n, self._bar.unit = self._total, done, "step"
             self._bar.set_postfix_str(self._words(progress, rounds, text), refresh=True)
         if phase == self._last[0] and now - self._last[1] < EVERY and not finished:
             return

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from grab_jax import data, distances, metrics, simulate
+from grab_jax import masks as dropout_masks
 from grab_jax.models import Site
 from grab_jax.types import Result
 
@@ -102,14 +103,15 @@ def _real_entries(site: Site, real: np.ndarray) -> np.ndarray:
 def _cosines(truth: simulate.Simulated, result: Result) -> dict[str, float]:
     """How well the reconstruction's own update points along the observed one, per tensor.
 
-    Empty for a reconstruction that carries its own evidence and was not found by matching.
+    Empty for a reconstruction that was not found by matching.
     """
-    if result.evidence is not None:
+    if not result.trace:
         return {}
     problem, known = truth.problem, truth.problem.known
     ids = jax.numpy.asarray(result.ids)
     attention = (known.attention & (ids != problem.vocabulary.pad)).at[:, 0].set(True)
     labels = known.labels if result.labels is None else jax.nn.one_hot(result.labels, problem.model.num_labels)
-    masks = known.masks if result.masks is None else result.masks
+    found = known.masks if result.masks is None else result.masks
+    masks = dropout_masks.complete(found, problem.model.sites, *ids.shape)
     update = simulate.compiled(problem.model)(problem.trainable, problem.frozen, ids, attention, labels, masks)
     return {path: float(distances.similarity(update[path], problem.observed[path])) for path in update}

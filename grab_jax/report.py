@@ -64,6 +64,7 @@ def render(run_dir: str | os.PathLike[str], beside: str | os.PathLike[str] | Non
         n_hidden=sum(max(1, len(r["sentences"])) for r in attacked) - len(cards),
         redacted=hide,
         evidence=evidence.table(attacked),
+        searched=any(evidence.searched(record) for record in attacked),
         contextual=any(evidence.of(record).get("contextual") for record in attacked),
         merged=advice.settings(run).get("client_dropout") == 0,
         spectrum=spectrum.chart(attacked),

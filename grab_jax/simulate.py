@@ -95,7 +95,7 @@ def told(batch: Batch, labels: Array, dropped: Masks | None, vocabulary: Vocabul
         visible, pinned, tokens = attention, jnp.ones_like(pinned), ids
     return Known(
         attention=visible,
-        ids=jnp.where(pinned, tokens, 0).astype(jnp.int32),
+        ids=jnp.where(pinned, tokens, -1).astype(jnp.int32),
         pinned=pinned,
         free=visible & ~pinned,
         labels=labels if config.known.labels else None,

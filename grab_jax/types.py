@@ -63,9 +63,10 @@ class Known(NamedTuple):
 
     `attention` is the client's attention mask where sentence lengths are known, otherwise True up to the longest
     sentence for every row. `pinned` marks positions whose token the attacker knows ([CLS], [SEP], padding), `ids`
-    holds those tokens (0 elsewhere). `free` marks the positions to search. `labels` are the true labels as class
-    probabilities (one-hot), or None. `masks` are the client's true dropout masks, told in *control* runs only; the
-    control that tells the tokens pins every position.
+    holds those tokens; elsewhere a token to start from, or -1. `free` marks the positions to search. `labels` are the
+    true labels as class probabilities (one-hot), or None. `masks` are the client's dropout masks as far as they are
+    known, by site, NaN where they are not: all of them in a *control* run, those of proven rows after a hand-over
+    (`attacks.handover`), else None. The control that tells the tokens pins every position.
     """
 
     attention: Bool[Array, "b t"]

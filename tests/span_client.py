@@ -9,7 +9,7 @@ import numpy as np
 from goldens import golden as goldens
 
 from grab_jax import models, simulate, tuning
-from grab_jax.config import ClientConfig, Config
+from grab_jax.config import ClientConfig, Config, KnownConfig
 from grab_jax.data import ClientBatch, Sentence
 from grab_jax.types import Batch, Vocabulary
 
@@ -54,8 +54,11 @@ def sentence(family, rng, words):
     return inner if vocabulary.cls is None else (vocabulary.cls, *inner, vocabulary.sep)
 
 
-def client(family, sentences, *, rate=0.1, dropout=True, seed=0, layers=2):
-    """The simulated client of sentences of token ids, padded to the same 8 positions each time."""
+def client(family, sentences, *, rate=0.1, dropout=True, seed=0, layers=2, **known):
+    """The simulated client of sentences of token ids, padded to the same 8 positions each time.
+
+    `known` is what `KnownConfig` takes.
+    """
     model, params = random_model(family, rate, layers=layers)
     vocabulary, lengths = VOCABULARY[family], np.array([len(s) for s in sentences])
     ids = np.full((len(sentences), LENGTH), vocabulary.pad, np.int32)
@@ -66,7 +69,8 @@ def client(family, sentences, *, rate=0.1, dropout=True, seed=0, layers=2):
     texts = tuple(Sentence("", 0, row) for row in range(len(sentences)))
     return simulate.simulate(
         jax.random.key(seed), model, *tuning.split(params, tuning.freezes(model, "embeddings")),
-        ClientBatch(0, texts, (), (), batch), vocabulary, Config(client=ClientConfig(dropout=rate * dropout)),
+        ClientBatch(0, texts, (), (), batch), vocabulary,
+        Config(client=ClientConfig(dropout=rate * dropout), known=KnownConfig(**known)),
     )  # fmt: skip
 
 

@@ -40,3 +40,10 @@ def test_grab_is_told_what_the_flags_say():
     for part in ("knows the batch size", "not told the labels", "every sentence's length", "learns the masks"):
         assert part in text, text
     assert "Control: it is given the true tokens." in said("--attack_tokens=true")
+    assert "span decoding" not in text
+
+
+def test_grab_that_starts_from_span_decoding_says_so():
+    text = said("--attack_init=span")
+    for part in ("knows the batch size", "first decodes", "holds the tokens and masks", "model is wide (384)"):
+        assert part in text, text

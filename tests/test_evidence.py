@@ -38,6 +38,8 @@ def test_without_a_truth_nothing_is_contradicted():
 def test_tested():
     blind = span(founds=[""], evidence=proofs((), rows=0))
     assert [evidence.tested(r) for r in (record(), span(), barred(), blind)] == [True, True, False, False]
+    trace = record()["trace"]
+    assert all(evidence.tested(r | {"trace": trace}) for r in (barred(), blind))  # a search took over
 
 
 def test_table():

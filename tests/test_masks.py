@@ -112,3 +112,27 @@ def test_project_clips_and_harden_rounds():
     np.testing.assert_array_equal(masks.harden(relaxed)["a"], [[0, 0, 0, 1, 1, 1]])
     np.testing.assert_array_equal(masks.harden(relaxed, 0.6)["a"], [[0, 0, 0, 0, 1, 1]])
     assert masks.project(None) is None
+
+
+def test_hold_puts_what_is_told_in_its_place():
+    learnt = {"a": jnp.array([[0.2, 0.4, 0.6]]), "b": jnp.array([[0.5]])}
+    held = masks.hold(learnt, {"a": jnp.array([[1.0, jnp.nan, 0.0]])})
+    np.testing.assert_array_equal(held["a"], np.array([[1.0, 0.4, 0.0]], np.float32))
+    np.testing.assert_array_equal(held["b"], learnt["b"])
+    assert masks.hold(None, learnt) is None
+    assert masks.hold(learnt, None) is learnt
+
+
+def test_complete_fills_up_with_the_keep_rate():
+    """In every site, told or not."""
+    told = np.full((2, *SITES["embeddings"].shape(3)), np.nan, np.float32)
+    told[1, 2] = 0
+    found = masks.complete({"embeddings": jnp.asarray(told)}, SITES, 2, 3)
+    whole = masks.ones(SITES, 2, 3)
+    assert {name: mask.shape for name, mask in found.items()} == {name: mask.shape for name, mask in whole.items()}
+    expected = np.where(np.isnan(told), np.float32(1 - SITES["embeddings"].rate), told)
+    np.testing.assert_allclose(found["embeddings"], expected, rtol=1e-6)
+    for name, site in SITES.items():
+        if name != "embeddings":
+            np.testing.assert_allclose(found[name], 1 - site.rate, rtol=1e-6)
+    assert masks.complete(None, SITES, 2, 3) is None

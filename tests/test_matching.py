@@ -98,6 +98,21 @@ def test_what_the_candidate_lacks_comes_from_what_is_known(practical, objective)
     assert objective(wrong, *context, told) > 1
 
 
+def test_where_no_mask_is_told_nothing_is_dropped(practical, objective, score):
+    """Masks may be told of some sites, there of some positions; evaluation mode elsewhere."""
+    candidate, (*context, known) = practical
+    soft = candidate._replace(masks=None)
+    blank = {"embeddings": jnp.full_like(candidate.masks["embeddings"], jnp.nan)}
+    some = {"embeddings": blank["embeddings"].at[0].set(candidate.masks["embeddings"][0])}
+    untold, told = (known._replace(masks=masks) for masks in (blank, some))
+    plain = objective(soft, *context, known)
+    np.testing.assert_allclose(objective(soft, *context, untold), plain, rtol=1e-3)
+    assert abs(objective(soft, *context, told) - plain) > 1e-3 * plain
+    scores = [score(jnp.asarray(IDS), None, None, *context, k) for k in (known, untold, told)]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-3)
+    assert abs(scores[2] - scores[0]) > 1e-3 * scores[0]
+
+
 def test_token_objective_is_zero_at_the_truth_and_equals_the_clients_distance_elsewhere(practical, score, simulate):
     candidate, context = practical
     trainable, held, observed, known = context

@@ -344,6 +344,28 @@ def test_untested_batches_beside_tested_ones_are_marked(folder):
     assert "nothing" not in shown(html).split("What would")[0]
 
 
+def test_a_search_that_span_decoding_began(folder):
+    """Both parts are explained; a batch that only the search could test was tested."""
+    search = {key: record()[key] for key in ("trace", "masks", "cosine")}
+    begun = span(0, ("a b c d", "e f g h"), certified=[True, False]) | search
+    html = page(folder([begun, barred(1) | search | {"predictions": span(1)["predictions"]}]))
+    text = shown(html)
+    for part in (
+        "What proves it",
+        "0 12 of 12 384 100 % 1 of 2",
+        "1 of at least 384 384 not testable by certificates",
+        "How the attack converged",
+        "How well the update was matched",
+        "How well dropout masks were decoded or learned",
+        "over a found word for the attack",
+        "recovered word for word, 1 of them proven",
+    ):
+        assert part in text, part
+    assert "not tested" not in text
+    assert sorted(tags(card) for card in cards(html)) == [[], ["verbatim"], ["verbatim", "proven"]]
+    assert "batch_size" in "".join(commands(html))
+
+
 def test_evidence_without_dropout_reads_otherwise(folder):
     found = proofs()
     found["rows"][0]["certificate"] = 1 - 3e-7

@@ -266,6 +266,12 @@ def test_dry_run_of_span_decoding():
     assert "no batch is testable" in many
 
 
+def test_dry_run_of_a_search_that_span_decoding_begins(small):
+    said = dry_run.describe(parse(*small, "--attack_init=span", "--dry_run"))
+    for part in ("60 steps", "what span decoding proves; at most 7 in a batch, fewer than the width 16", "candidate"):
+        assert part in said, said
+
+
 def test_rows_of_a_batch():
     """Tokens; without dropout, equal tokens at one position count once, and padding never."""
     ids, real = [[2, 7, 7, 3], [2, 7, 3, 0]], [[1, 1, 1, 1], [1, 1, 1, 0]]
@@ -407,6 +413,9 @@ def spoiled(bert, tmp_path):
         ("--data_shuffle=-1", ("--data_shuffle=-1", "0 or more")),
         ("--model=builtin:gpt2-mini --model_task=causal_lm", ("--model_task=classification", "--attack=span")),
         ("--noknown_rate", ("--noknown_rate", "--attack=span")),
+        ("--attack=span --attack_init=span", ("--attack_init=span", "--attack=grab")),
+        ("--attack_init=span --attack_masks=true", ("--attack_init=span", "--attack_masks=true")),
+        ("--attack_init=span --attack_tokens=true", ("--attack_init=span", "--attack_tokens=true")),
         ("--attack=span --model=builtin:bert-mini --model_task=causal_lm", ("causal_lm", "not supported")),
         ("--attack_rounds=0", ("--attack_rounds=0",)),
         ("--client_dropout=1.5", ("--client_dropout=1.5",)),

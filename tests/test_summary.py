@@ -222,6 +222,29 @@ def test_every_batch_too_wide():
     assert verdict([barred(), other])[1] == f"{text}, and the like in 2 batches."
 
 
+TRACE = [{"round": 0, "phase": "discrete", "step": 1, "loss": 1.0}]
+
+
+def test_what_a_search_took_over_is_tested():
+    """It counts as any search does, with a certificate or without."""
+    searched = [barred(k) | {key: b[key] for key in ("sentences", "predictions")} for k, b in enumerate(batches(4, 1))]
+    outcome, reason = verdict([r | {"trace": TRACE, "loss": 1.0} for r in searched])
+    assert outcome == summary.LEAK
+    assert "not testable" not in reason
+    outcome, reason = verdict([barred(truths=TEXTS) | {"trace": TRACE, "predictions": span(0, TEXTS)["predictions"]}])
+    assert reason.startswith("2 of 2 sentences were recovered word for word, none of them proven by a certificate;")
+    assert "not testable" not in reason
+
+
+def test_a_sentence_that_a_search_completed_is_not_proven():
+    sentences = [{"certified": True, "residual": 1e-7}, {"certified": False, "residual": None}]
+    completed = span(0, TEXTS) | {"evidence": proofs() | {"sentences": sentences}, "loss": 1.0, "trace": TRACE}
+    outcome, reason = verdict([completed])
+    assert outcome == summary.LEAK
+    assert "2 of 2 sentences were recovered word for word, 1 of them proven by its certificate;" in reason
+    assert counted([completed]) == [1, 2, 0]
+
+
 def test_no_row_found():
     none = proofs((), rows=0, rank=20)
     blind = [span(i, founds=[""], evidence=none) for i in range(2)]

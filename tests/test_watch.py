@@ -13,6 +13,17 @@ from grab_jax.progress import Display
 PROGRESS = Progress(0, "continuous", 1, 2, np.zeros(1), None)
 
 
+def test_rows_and_rounds_share_a_bar(tmp_path):
+    """Rows of span decoding first, then the steps of a search, out of all its rounds' steps."""
+    display = Display("bar", tmp_path / "log.txt")
+    display.begin("a group", 40)
+    display.show(Progress(0, "rows", 3, 9, np.full(1, np.nan), None), 2, str)
+    assert (display._bar.n, display._bar.total, display._bar.unit) == (3, 9, "row")
+    display.show(Progress(1, "continuous", 5, 20, np.zeros(1), None), 2, str)
+    assert (display._bar.n, display._bar.total, display._bar.unit) == (25, 40, "step")
+    display.close()
+
+
 def test_the_state_that_comes_with_the_progress_is_kept(tmp_path, monkeypatch):
     watched = watch.Watch(Config(), tmp_path / "ckpt", Display("off", None), str)
     watched(None, PROGRESS)

@@ -20,11 +20,12 @@ def improve(job: Job, state: State, j: int) -> State:
     """Choose the best restart of batch j, add its tokens to the pools, and search them by beam."""
     r, config, problem = int(state.round), job.config, job.problems[j]
     candidates = jax.device_get(programs.at(state.descent.candidate, j))
-    tokens = tokens_of(job, candidates.embeds)
+    known = problem.known
+    tokens = np.where(known.pinned, known.ids, tokens_of(job, candidates.embeds))
     scores = [_scorer(job, j, programs.at(candidates, n))(tokens[n : n + 1])[0] for n in range(config.restarts)]
     n = int(np.argmin(scores))
     solution, continuous = programs.at(candidates, n), tokens[n]
-    free = np.asarray(problem.known.free)
+    free = np.asarray(known.free)
     pools = np.array(state.pools)
     for row in range(len(free)):
         pools[j, row, tokens[:, row][:, free[row]]] = True
@@ -73,9 +74,9 @@ def _scorer(job: Job, j: int, candidate: Candidate, tick: Callable[[int], None] 
 
 
 def _discrete_starts(job: Job, j: int, r: int, continuous, previous, free) -> Int[np.ndarray, "n b t"]:
-    """The continuous solution, the previous discrete one, and permutations of the former, each row its own."""
-    key = round_keys(job, r)[j, 1]
-    rows = [continuous[None]] + ([previous[None]] if r > 0 else [])
+    """The continuous solution, also with tokens to start from; the previous discrete one; permutations, row by row."""
+    key, ids = round_keys(job, r)[j, 1], np.asarray(job.problems[j].known.ids)
+    rows = [continuous[None]] + ([previous[None]] if r > 0 else []) + [np.where(ids < 0, continuous, ids)[None]]
     if job.config.permutations:
         draw = jax.vmap(lambda key: moves.permutation(key, jnp.asarray(free), shared=False))
         sources = np.asarray(draw(jax.random.split(key, job.config.permutations)))

@@ -3,7 +3,8 @@
 A round is a continuous phase (AdamW over word embeddings, relaxed dropout masks and, if unknown, soft labels), then a
 discrete one (beam search over the tokens any continuous phase so far has produced). The next round starts from the
 discrete solution; masks persist. Several client batches of one shape are attacked together: the continuous phase is
-one compiled loop, vmapped over batches (k) and restarts (n).
+one compiled loop, vmapped over batches (k) and restarts (n). With `init="span"` span decoding goes first, and only what
+it leaves open is searched (`attacks.handover`).
 
 Differences from the released code, on purpose: its similarity term, which has no gradient, is left out; the
 token-type gradient is matched in both phases; pinned positions hold their tokens from the first step on.
@@ -20,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from grab_jax import masks
-from grab_jax.attacks import discrete, programs
+from grab_jax.attacks import discrete, handover, programs
 from grab_jax.attacks.state import CONTINUOUS, DISCRETE, SELECT, Job, OnSegment, State, progress, round_keys, tokens_of
 from grab_jax.config import AttackConfig
 from grab_jax.types import Candidate, Problem, Result
@@ -43,18 +44,27 @@ def attack(
       keys: one typed key per client batch.
       problems: client batches of one shape `[b t]`, of one model and the same weights.
       config: settings; `config.chunk=None` scores 64 candidates at once.
-      state: resume from here (same keys, problems and config); its structure is that of `start`.
+      state: resume from here (same keys, problems and config); its structure is that of `start`. Span decoding, where
+        it goes first, runs again: it takes seconds, and finds the same.
       on_segment: called with the resumable state after every segment, and with None where there is only progress.
 
     Returns:
       One result per problem, in order.
     """
-    job = _job(keys, problems, config, on_segment)
+    if config.init == "none":
+        return _search(_job(keys, problems, config, on_segment), state)
+    handed = handover.begin(keys, problems, config, on_segment)
+    job = _job(keys, [batch.problem for batch in handed], config, on_segment)
+    results = _search(job, handover.enter(_blank(job) if state is None else state, handed))
+    return [handover.conclude(*pair) for pair in zip(handed, results, strict=True)]
+
+
+def _search(job: Job, state: State | None) -> list[Result]:
     state = _blank(job) if state is None else state
     advance = {SELECT: _select, CONTINUOUS: _descend, DISCRETE: _substitute}
-    while state.round < config.rounds and not state.done.all():
+    while state.round < job.config.rounds and not state.done.all():
         state = advance[int(state.phase)](job, state)
-    return [_result(job, state, j) for j in range(len(problems))]
+    return [_result(job, state, j) for j in range(len(job.problems))]
 
 
 def start(keys: Key[Array, " k"], problems: Sequence[Problem], config: AttackConfig) -> State:
@@ -128,14 +138,15 @@ def _interleave(leaves: Sequence[Array], k: int) -> Array:
 
 
 def _before_start(job: Job, state: State, keys: Key[Array, "k n"]) -> Candidate:
-    """Candidates `[k n ...]` with first draws of the unknowns, or with those of the last solution."""
+    """Candidates `[k n ...]` with first draws of the unknowns (told masks held), or with those of the last solution."""
     n = job.config.restarts
     repeated = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[:, None], n, axis=1), state.solution)
     if state.round:
         return repeated
     draw = jax.vmap(jax.vmap(lambda key: _unknowns(key, job)))
     masks_drawn, labels = draw(keys)
-    return Candidate(repeated.embeds, masks_drawn, labels)
+    told = jax.tree.map(lambda *leaves: jnp.stack(leaves)[:, None], *[p.known.masks for p in job.problems])
+    return Candidate(repeated.embeds, masks.hold(masks_drawn, told), labels)
 
 
 def _descend(job: Job, state: State) -> State:
@@ -180,7 +191,7 @@ def _result(job: Job, state: State, j: int) -> Result:
     )
     return Result(
         ids=ids,
-        confidence=np.nan_to_num(np.clip(np.asarray(cosines), 0, 1)),
+        confidence=np.where(problem.known.pinned, 1.0, np.nan_to_num(np.clip(np.asarray(cosines), 0, 1))),
         loss=float(state.scores[j].min()),
         masks=solution.masks,
         labels=None if solution.labels is None else np.asarray(solution.labels.argmax(-1)),

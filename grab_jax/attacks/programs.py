@@ -150,7 +150,7 @@ def _starts(model: Any, config: AttackConfig, objective: matching.Objective):
     def drawn(key, candidate, context):
         table, known = word_table(model, *context[:2]), context[3]
         draw_key, order_key = jax.random.split(key)
-        args = (scored(candidate, context), table[known.ids], known.pinned, jnp.linalg.norm(table, axis=1).mean())
+        args = (scored(candidate, context), table[known.ids], known.ids >= 0, jnp.linalg.norm(table, axis=1).mean())
         embeds = starts.gaussian(draw_key, *args, **sizes(config.candidates))
         return permuted(order_key, candidate._replace(embeds=embeds), context, shared=True)
 
@@ -190,10 +190,10 @@ def _descent(search: descent.Descent):
 
 
 def project(model: Any, candidate: Candidate, trainable, frozen, _observed, known: Known) -> Candidate:
-    """Masks and soft labels into [0, 1]; pinned positions hold their tokens' embeddings again."""
+    """Masks and soft labels into [0, 1]; pinned positions and told masks hold what is known of them again."""
     pinned = word_table(model, trainable, frozen)[known.ids]
     return Candidate(
         jnp.where(known.pinned[..., None], pinned, candidate.embeds),
-        masks.project(candidate.masks),
+        masks.hold(masks.project(candidate.masks), known.masks),
         None if candidate.labels is None else jnp.clip(candidate.labels, 0.0, 1.0),
     )

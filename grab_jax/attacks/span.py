@@ -47,20 +47,32 @@ def attack(
       on_segment: called with None and the progress.
     """
     del config, state
-    results = []
+    notify = shown(on_segment)
+    return [recover(problem, seed_of(key), notify) for key, problem in zip(keys, problems, strict=True)]
+
+
+def seed_of(key: Key[Array, ""]) -> int:
+    """The seed of a client batch's searches."""
+    return int(jax.random.bits(key, dtype=np.uint32))
+
+
+def shown(on_segment: OnSegment | None) -> Notify:
+    """Rows found and rank as progress, without a state to resume from."""
 
     def notify(found: int, rank: int) -> None:
         if on_segment is not None:
             on_segment(None, Progress(0, "rows", found, rank, np.full(1, np.nan), None))
 
-    for key, problem in zip(keys, problems, strict=True):
-        seed = int(jax.random.bits(key, dtype=np.uint32))
-        results.append(recover(problem, seed, notify))
-    return results
+    return notify
 
 
 def recover(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> Result:
     """One client batch."""
+    return result(problem, *decoded(problem, seed, notify))
+
+
+def decoded(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> tuple[subspace.Spectrum, Found]:
+    """What a client batch's update holds: its spectrum, then rows and sentences, none where it is not testable."""
     model = problem.model
     first = first_attention.describe(model, {**problem.frozen, **problem.trainable})
     if not problem.dropout:
@@ -68,14 +80,13 @@ def recover(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> Re
     gradients, said = _completed(first_attention.gradients(model, problem.observed), notify)
     found = subspace.spectrum(gradients)
     said += _precision(found)
-    reason = not_testable(found, model.width)
-    if reason:
-        return _nothing(problem, found, reason, said)
-    if problem.dropout:
+    if not_testable(found, model.width):
+        solved = Found([], [])
+    elif problem.dropout:
         solved = _with_dropout(problem, first, gradients, found, seed, notify)
     else:
         solved = span_evaluation.solve(problem, first, found, gradients, whole=WHOLE, seed=seed, notify=notify)
-    return _result(problem, found, solved._replace(notes=(*said, *solved.notes)))
+    return found, solved._replace(notes=(*said, *solved.notes))
 
 
 def _completed(gradients: list[np.ndarray], notify: Notify) -> tuple[list[np.ndarray], list[str]]:
@@ -164,7 +175,10 @@ def certified(sentence: Sentence, rows: Sequence[Row], problem: Problem) -> bool
     return starts and (vocabulary.sep is None or members_[-1].token == vocabulary.sep)
 
 
-def _result(problem: Problem, spectrum: subspace.Spectrum, found: Found) -> Result:
+def result(problem: Problem, spectrum: subspace.Spectrum, found: Found) -> Result:
+    """Sentences in the order found, with what proves them; a blank one where the update is not testable."""
+    if reason := not_testable(spectrum, problem.model.width):
+        return _nothing(problem, spectrum, reason, found.notes)
     rows, sentences = found.rows, found.sentences
     count = max(len(sentences), 1)
     length = max([row.position + 1 for row in rows] + [problem.known.ids.shape[1]])
@@ -215,7 +229,7 @@ def _notes(problem: Problem, rank: int, found: Found) -> list[str]:
     return notes
 
 
-def _nothing(problem: Problem, found: subspace.Spectrum, reason: str, said: list[str]) -> Result:
+def _nothing(problem: Problem, found: subspace.Spectrum, reason: str, said: Sequence[str]) -> Result:
     pad = np.full((1, 1), problem.vocabulary.pad, np.int32)
     evidence = _evidence(found, problem) | {"sentences": [], "rows": [], "not_testable": reason}
     return Result(pad, np.zeros((1, 1)), float("nan"), None, None, [], [reason, *said], evidence)

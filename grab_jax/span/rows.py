@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from grab_jax.span.inputs import FirstAttention, embed, normalise
 from grab_jax.span.polish import DEVIATIONS, polish
+from grab_jax.span.rate import WIDEST
 from grab_jax.span.scaling import Space
 
 
@@ -40,7 +41,10 @@ class Rows:
         self._inputs = np.zeros((space.inputs.shape[1], 0))
         self._scaled = np.zeros((space.basis.shape[1], 0))
         rate, d = float(first.rate), len(space.scale)
-        self._least = (1 - rate) - 6 * np.sqrt(rate * (1 - rate) / d) - 1e-9 if rate else 0.99
+        spread = 6 * np.sqrt(rate * (1 - rate) / d)
+        self.least = (1 - rate) - spread - 1e-9 if rate else 0.99
+        # Rows untouched by dropout are none of a client that uses it; at the widest rate, the true one is unknown.
+        self.most = (1 - rate) + spread if rate < WIDEST else 1.0
 
     @property
     def missing(self) -> int:
@@ -82,7 +86,9 @@ class Rows:
             return 0
         settings = {"tolerance": self.tolerance, "accept": self.accept, "deviation": self.space.deviation}
         found = polish(targets[go], self.space.basis, z[go], **settings)
-        good = (found.certificate > self.accept) & (found.kept.mean(-1) > self._least)
+        good = (
+            (found.certificate > self.accept) & (found.kept.mean(-1) > self.least) & (found.kept.mean(-1) <= self.most)
+        )
         before = len(self.rows)
         for i in sorted(np.flatnonzero(good), key=lambda i: -found.certificate[i]):
             values = self._exact(found.rows[i], np.where(found.kept[i], targets[go[i]], 0)) / self.space.scale
@@ -103,7 +109,7 @@ class Rows:
         length = np.maximum(np.linalg.norm(z, axis=1), 1e-12)
         moved = np.maximum(0.02, 2 * np.linalg.norm(noise, axis=1) / length)
         new = self.outside(z) > moved if self.rows else np.ones(len(z), bool)
-        return np.flatnonzero(binary & (kept > self._least - 0.15) & new)
+        return np.flatnonzero(binary & (kept > self.least - 0.15) & new)
 
     @staticmethod
     def _distinct(kept, tokens, positions) -> list[int]:
