@@ -77,7 +77,9 @@ def solve(
         # A weak token may hide a true sentence from the second layer: shown, and not certified.
         found = found if complete else {**found, **refuted}
         notes = ("the search for sentences stopped at its budget",) if search.spent and not complete else ()
-    return Found(*_listed(near, likely, found, whole, complete), second is not None, notes)
+    # Under noise a wrong sentence may be as near to the span as the right one: found, and not proven.
+    proof = 0.0 if space.noise or (second is not None and second.noise) else whole
+    return Found(*_listed(near, likely, found, proof, complete), second is not None, notes)
 
 
 def judge(problem: Problem, rows: int) -> context.Second | None:
@@ -128,14 +130,17 @@ def _choices(near: Iterable[members.Member]) -> dict[int, list[int]]:
     return found
 
 
-def _listed(near, likely, found: dict[tuple[int, ...], float], whole: float, complete: bool):
-    """Rows and sentences as lists: the rows of sentences, then, unless these are all, the other likely ones."""
+def _listed(near, likely, found: dict[tuple[int, ...], float], proof: float, complete: bool):
+    """Rows and sentences as lists: the rows of sentences, then, unless these are all, the other likely ones.
+
+    A sentence with a residual below `proof` is proven.
+    """
     used = {pair for ids in found for pair in enumerate(ids)}
-    sure = {pair for ids, away in found.items() if away < whole for pair in enumerate(ids)}
+    sure = {pair for ids, away in found.items() if away < proof for pair in enumerate(ids)}
     rows = [_row(m, m.sure or m[:2] in sure) for m in near if m[:2] in used]
     rows += [_row(m, m.sure) for m in likely if m[:2] not in used and not complete]
     number = {row[:2]: i for i, row in enumerate(rows)}
-    return rows, [Sentence(tuple(number[pair] for pair in enumerate(ids)), away, whole) for ids, away in found.items()]
+    return rows, [Sentence(tuple(number[pair] for pair in enumerate(ids)), away, proof) for ids, away in found.items()]
 
 
 def _row(member: members.Member, sure: bool) -> Row:

@@ -60,6 +60,8 @@ def complete(
     """
     norms = np.linalg.norm(gradient, axis=0)
     alive = (norms > 0) & (there.mean(0) > LEAST)
+    if not alive.any():
+        return None
     scaled, seen = gradient[:, alive] / norms[alive], there[:, alive].astype(np.float64)
     size, (d, m) = np.linalg.norm(scaled), scaled.shape
     left, residual = np.zeros((d, 0)), np.inf

@@ -24,9 +24,9 @@ class Spectrum(NamedTuple):
 
     `rank` counts the values above `floor`, or is the place of the largest ratio `gap_rank` where all values between the
     two are near the floor; `gap` is the ratio of the two values around it. `basis` is `[d, rank]`, orthonormal, and
-    `blur` the standard deviations of its entries, `deviations` those of the gradients' columns (their root mean
-    squares). `wire` is the precision the gradients came in, `sigma` the standard
-    deviation of the noise that was added to their entries, as read off them (0: none).
+    `blur` the standard deviations of its entries (0 for float32), `deviations` those of the gradients' columns (their
+    root mean squares). `wire` is the precision the gradients came in, `sigma` the standard deviation of the noise that
+    was added to their entries, as read off them (0: none).
     """
 
     values: Float[np.ndarray, " d"]
@@ -71,7 +71,9 @@ def spectrum(gradients: Sequence[Float[np.ndarray, "d o"]]) -> Spectrum:
         found = _above(stacked, np.full((1, stacked.shape[1]), sigma)) if sigma else found
     deviations = np.zeros(len(alive))
     deviations[alive] = found.deviations
-    return found._replace(deviations=deviations, wire=wire, sigma=sigma)
+    blurred = wire != "float32" or sigma  # float32's own rounding stays below every tolerance
+    blur = found.blur if blurred else np.zeros_like(found.basis)
+    return found._replace(blur=blur, deviations=deviations, wire=wire, sigma=sigma)
 
 
 def _above(stacked: Float[np.ndarray, "d m"], deviation: Float[np.ndarray, "_ m"], vague: float = 1.0) -> Spectrum:
