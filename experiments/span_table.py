@@ -18,7 +18,16 @@ import numpy as np
 from absl import app, flags, logging
 
 from grab_jax import evidence, report, run
-from grab_jax.config import AttackConfig, ClientConfig, Config, DataConfig, KnownConfig, ModelConfig, RunConfig
+from grab_jax.config import (
+    AttackConfig,
+    ClientConfig,
+    Config,
+    DataConfig,
+    DefenseConfig,
+    KnownConfig,
+    ModelConfig,
+    RunConfig,
+)
 
 MODEL = flags.DEFINE_string("model", "builtin:bert-mini", "model, as for grab_jax.main")
 FOLDER = flags.DEFINE_string("folder", "runs/span_table", "a run folder is made here for every cell")
@@ -26,6 +35,9 @@ CELLS = flags.DEFINE_multi_string("cell", None, "NAME=DATA:DROPOUT:BATCH_SIZE:SE
 SHUFFLE = flags.DEFINE_integer("shuffle", 0, "seed that draws the sentences")
 TASK = flags.DEFINE_enum("task", "classification", ["classification", "causal_lm"], "what the client trains")
 RATE = flags.DEFINE_bool("known_rate", True, "whether the server knows the dropout rate")
+WIRE = flags.DEFINE_enum("wire", "float32", ["float32", "bfloat16", "float16"], "precision of the updates")
+NOISE = flags.DEFINE_float("noise", 0.0, "standard deviation of the noise on the updates' normalised tensors")
+PRUNE = flags.DEFINE_float("prune", 0.0, "share of the updates' entries set to zero at random")
 SEED = flags.DEFINE_integer("seed", 0, "seed of dropout, head and search")
 COLUMNS = (
     "data", "dropout", "B", "sentences", "mean tokens", "rows found", "exact", "certified", "wrong", "s / batch",
@@ -36,18 +48,25 @@ def config(cell: str) -> Config:
     """The run of one cell."""
     name, settings = cell.split("=", 1)
     data, dropout, size, sentences = settings.rsplit(":", 3)
-    folder = f"{FOLDER.value}/{name}-p{dropout}-b{size}-seed{SEED.value}" + "-unknown" * (not RATE.value)
+    folder = f"{FOLDER.value}/{name}-p{dropout}-b{size}-seed{SEED.value}" + "-unknown" * (not RATE.value) + defended()
     return Config(
         model=ModelConfig(name=MODEL.value, task=TASK.value),
         data=DataConfig(name=data, shuffle=SHUFFLE.value),
         num_batches=int(sentences) // int(size),
         batch_size=int(size),
-        client=ClientConfig(dropout=float(dropout)),
+        client=ClientConfig(dropout=float(dropout), wire=WIRE.value),
+        defense=DefenseConfig(noise=NOISE.value, prune=PRUNE.value),
         known=KnownConfig(rate=RATE.value),
         attack=AttackConfig(name="span"),
         seed=SEED.value,
         run=RunConfig(dir=folder, progress="off"),
     )
+
+
+def defended() -> str:
+    """What is done to the updates, as the end of a name."""
+    said = {"wire": WIRE.value != "float32" and WIRE.value, "noise": NOISE.value, "prune": PRUNE.value}
+    return "".join(f"-{name}{value:g}" if name != "wire" else f"-{value}" for name, value in said.items() if value)
 
 
 def line(cell: str, folder: Path) -> str:
@@ -62,6 +81,7 @@ def line(cell: str, folder: Path) -> str:
     found = sum(len(evidence.of(record)["rows"]) for record in records)
     rank = sum(evidence.of(record)["rank"] for record in records)
     seconds = np.mean([record["seconds"]["attack"] for record in records])
+    name += defended()
     return common.line(name, dropout, size, n, f"{rank / len(records):.0f}", f"{found}/{rank}", f"{exact:.1f} %",
                        proven, wrong, f"{seconds:.1f}")  # fmt: skip
 

@@ -25,6 +25,7 @@ SMALL = """--model=builtin:bert-mini --data=builtin --num_batches=2 --batch_size
 SMALL_SCRIPTS = {
     "bench_batching.py": "--model=builtin:bert-mini --together=2 --length=8 --steps=2 --repeats=1",
     "compare.py": "--a={run} --b={run}",
+    "span_aggregation.py": "--clients=2 --size=1",
     "span_decoys.py": "--problems=2 --sizes=1 --out={tmp}/decoys.jsonl",
     "span_reliability.py": "--batches=1 --sizes=1 --noise=0 --figure={tmp}/reliability.png",
     "span_table.py": "--cell=small=builtin:0.1:1:2 --folder={tmp}/cells",

@@ -18,6 +18,10 @@ LEAST = 0.05
 """Columns with a smaller share of their entries are left out: they say little, and little says what is missing."""
 SLOW = 0.97
 """A round that leaves more than this of the residual: the rank is too low."""
+UNDERFLOW = 2.0**-24
+"""The smallest number that float16 holds."""
+MOST = 0.5
+"""Degrees of freedom tried, over the entries left in: beyond it a completion is slow, then not unique."""
 EXACT = 1e-6
 """Relative residual of the entries left in at which a completion counts as found."""
 
@@ -33,13 +37,12 @@ class Completion(NamedTuple):
 def left_in(gradient: Float[np.ndarray, "d m"]) -> Bool[np.ndarray, "d m"] | None:
     """Entries that were not pruned, or None where nothing was: an exact 0 in a column that is not all zero.
 
-    Rounding leaves zeros as well, about as many as entries of the smallest size it can hold.
+    None as well where float16 may have rounded entries to 0, which tells them from pruned ones no more.
     """
     alive = (gradient != 0).any(0, keepdims=True)
     there = (gradient != 0) | ~alive
-    sizes = np.abs(gradient[gradient != 0])
-    rounded = int((sizes == sizes.min()).sum()) if sizes.size else 0
-    return there if (~there).sum() > max(3 * rounded, 0.001 * alive.sum() * len(gradient)) else None
+    smallest = np.abs(gradient[gradient != 0]).min(initial=np.inf)
+    return there if (~there).sum() > 0.001 * alive.sum() * len(gradient) and smallest != UNDERFLOW else None
 
 
 def complete(
@@ -75,7 +78,7 @@ def complete(
         if residual > SLOW * before or not left.size:
             left = np.concatenate([left, scipy.sparse.linalg.svds(rest, 1)[0]], axis=1)
             residual = np.inf
-        if left.shape[1] * (d + m - left.shape[1]) > 0.8 * seen.sum():
+        if left.shape[1] * (d + m - left.shape[1]) > MOST * seen.sum():
             return None
         left, right = _round(scaled, seen, left)
         rest = seen * (scaled - left @ right.T)
