@@ -112,6 +112,7 @@ class AttackConfig:
     )
     distance: distances.Name = setting("l2+l1", "distance between updates; normalised = per-tensor normalised l2+l1")
     l1: float = setting(0.01, "weight of the L1 term")
+    layers: str = setting("", "match only tensors whose path contains a match of this regular expression; empty = all")
     beam: int = setting(4, "beam width, and number of solutions improved")
     sweeps: int = setting(5, "beam sweeps per round; 0 skips the discrete phase")
     chunk: int | None = setting(None, "candidates scored at once; default: from the memory estimate")

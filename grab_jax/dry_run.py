@@ -7,7 +7,7 @@ from collections import Counter
 import jax
 import numpy as np
 
-from grab_jax import about, client, distances, plan, run
+from grab_jax import about, client, distances, plan, run, views
 from grab_jax.config import Config
 from grab_jax.span.scaling import bucket
 from grab_jax.types import Batch
@@ -117,9 +117,11 @@ def _clock(seconds: float) -> str:
 def _score_once(session: run.Session):
     """One first-order evaluation at the largest shape, as the attack would do it."""
     batch = max(session.batches, key=lambda b: b.batch.ids.size)
-    observed = run.simulated(session, batch.index).problem.observed
+    config = session.config.attack
+    seen = views.only(run.simulated(session, batch.index).problem.observed, config.layers)
+    (observed,) = views.factored([seen], batch.batch.ids.size)
     labels = jax.nn.one_hot(batch.batch.labels, session.loaded.model.num_labels)
-    distance = distances.by_name(session.config.attack.distance, session.config.attack.l1)
+    distance = distances.by_name(config.distance, config.l1)
     step = client.fedsgd(session.loaded.model, factored=True)
 
     @jax.jit

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grab_jax import client, distances
-from grab_jax.types import Candidate, Known, Masks, Update
+from grab_jax.types import Candidate, Known, Masks
 
 Objective = Callable[..., Float[Array, ""]]
 
@@ -22,7 +22,9 @@ def embedding_objective(model: Any, distance: distances.Distance) -> Objective:
     """
     simulate = client.fedsgd(model, factored=True)
 
-    def objective(candidate: Candidate, trainable, frozen, observed: Update, known: Known) -> Float[Array, ""]:
+    def objective(
+        candidate: Candidate, trainable, frozen, observed: distances.Observed, known: Known
+    ) -> Float[Array, ""]:
         fixed = {**frozen, **{path: value for path, value in trainable.items() if path == model.word_table}}
         matched = {path: value for path, value in trainable.items() if path != model.word_table}
         labels = known.labels if candidate.labels is None else candidate.labels

@@ -66,7 +66,7 @@ def _job(keys, problems: Sequence[Problem], config: AttackConfig, on_segment: On
     mesh = programs.mesh_for(len(problems))
     compiled = programs.compiled(problems[0].model, config, problems[0].vocabulary.pad, mesh)
     notify = on_segment or (lambda _state, _progress: None)
-    return Job(keys, problems, config, programs.stack(problems, mesh), compiled, notify)
+    return Job(keys, problems, config, programs.stack(problems, config.layers, mesh), compiled, notify)
 
 
 def _blank(job: Job) -> State:

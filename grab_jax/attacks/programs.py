@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from grab_jax import distances, masks, matching
+from grab_jax import distances, masks, matching, views
 from grab_jax.config import AttackConfig
+from grab_jax.leaves import Seen
 from grab_jax.search import descent, starts, vocabulary
 from grab_jax.types import Candidate, Known, Problem
 
@@ -26,11 +27,14 @@ CHUNK = 64
 
 
 class Shared(NamedTuple):
-    """The arrays every program reads: the weights, and what differs between client batches, stacked `[k ...]`."""
+    """The arrays every program reads: the weights, and what differs between client batches, stacked `[k ...]`.
+
+    `observed` is what is matched of the updates, factored where that is exact.
+    """
 
     trainable: dict[str, Array]
     frozen: dict[str, Array]
-    observed: dict[str, Array]
+    observed: dict[str, Seen]
     known: Known
 
 
@@ -52,7 +56,7 @@ class Programs(NamedTuple):
     score: Callable[..., Array]
 
 
-Context = tuple[dict[str, Array], dict[str, Array], dict[str, Array], Known]
+Context = tuple[dict[str, Array], dict[str, Array], dict[str, Seen], Known]
 """`(trainable, frozen, observed, known)` of one client batch."""
 
 _SPLIT, _WHOLE = PartitionSpec("k"), PartitionSpec()
@@ -64,12 +68,14 @@ def mesh_for(batches: int) -> Mesh:
     return Mesh(np.array(jax.local_devices()[: max(1, batches)]), ("k",))
 
 
-def stack(problems: Sequence[Problem], mesh: Mesh) -> Shared:
+def stack(problems: Sequence[Problem], layers: str, mesh: Mesh) -> Shared:
     """Put problems of one shape side by side on the mesh, the last one repeated to fill it; weights are replicated."""
-    filled = [*problems, *[problems[-1]] * (-len(problems) % mesh.size)]
-    together = lambda *leaves: jnp.stack(leaves)  # noqa: E731
-    observed = jax.tree.map(together, *[dict(p.observed) for p in filled])
-    known = jax.tree.map(together, *[p.known for p in filled])
+    rows = problems[0].known.ids.size
+    seen = views.factored([views.only(p.observed, layers) for p in problems], rows)
+    missing = -len(problems) % mesh.size
+    together = lambda *leaves: jnp.stack([*leaves, *leaves[-1:] * missing])  # noqa: E731
+    observed = jax.tree.map(together, *seen)
+    known = jax.tree.map(together, *[p.known for p in problems])
     whole, split = NamedSharding(mesh, _WHOLE), NamedSharding(mesh, _SPLIT)
     weights = jax.device_put((dict(problems[0].trainable), dict(problems[0].frozen)), whole)
     return Shared(*weights, *jax.device_put((observed, known), split))
@@ -93,9 +99,9 @@ def at(tree: Any, j: int | slice | Array) -> Any:
     return jax.tree.map(lambda leaf: leaf[j], tree)
 
 
-def context(problem: Problem, mesh: Mesh, shared: Shared) -> Context:
-    """One problem on every device."""
-    alone = jax.device_put((dict(problem.observed), problem.known), NamedSharding(mesh, _WHOLE))
+def context(j: int, mesh: Mesh, shared: Shared) -> Context:
+    """Problem j on every device."""
+    alone = jax.device_put(at((shared.observed, shared.known), j), NamedSharding(mesh, _WHOLE))
     return shared.trainable, shared.frozen, *alone
 
 
