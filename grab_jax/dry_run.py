@@ -34,7 +34,7 @@ def _grab(session: run.Session) -> dict[str, str]:
         **_client(session),
         "batches": f"{len(session.batches)} in {len(work.groups)} group(s): {shapes} [sentences, tokens]",
         "memory": f"about {work.bytes / 2**30:.2f} of {work.memory / 2**30:.1f} GiB; "
-        f"{work.chunk} candidates scored at once",
+        f"{work.chunk} candidates scored and {work.together} restart(s) descended at once",
         "compilations": f"about {work.compilations}",
         "work": f"at most {work.steps} continuous steps and about {work.scores} candidate scores",
         "time": f"about {_clock(plan.seconds(work, _score_once(session)))} without compilation, {about.device()}",
