@@ -112,6 +112,9 @@ class AttackConfig:
     )
     distance: distances.Name = setting("l2+l1", "distance between updates; normalised = per-tensor normalised l2+l1")
     l1: float = setting(0.01, "weight of the L1 term")
+    precision: Literal["float32", "bfloat16"] = setting(
+        "float32", "matrix products of the attacker's model; bfloat16 adds up in float32, and a CPU ignores it"
+    )
     layers: str = setting("", "match only tensors whose path contains a match of this regular expression; empty = all")
     beam: int = setting(4, "beam width, and number of solutions improved")
     sweeps: int = setting(5, "beam sweeps per round; 0 skips the discrete phase")

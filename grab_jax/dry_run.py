@@ -7,7 +7,7 @@ from collections import Counter
 import jax
 import numpy as np
 
-from grab_jax import about, client, distances, plan, run, views
+from grab_jax import about, distances, matching, plan, run, views
 from grab_jax.config import Config
 from grab_jax.span.scaling import bucket
 from grab_jax.types import Batch
@@ -18,7 +18,6 @@ PER_BUCKET, PER_COUNT = 20, 4
 
 def describe(config: Config) -> str:
     """The plan in words, one topic a line; for a search, one candidate score is timed for the estimate."""
-    jax.config.update("jax_default_matmul_precision", "highest")
     session = run.prepare(config)
     topics = (_span if config.attack.name == "span" else _grab)(session)
     notes = [f"note         {note}" for note in session.notes]
@@ -122,7 +121,7 @@ def _score_once(session: run.Session):
     (observed,) = views.factored([seen], batch.batch.ids.size)
     labels = jax.nn.one_hot(batch.batch.labels, session.loaded.model.num_labels)
     distance = distances.by_name(config.distance, config.l1)
-    step = client.fedsgd(session.loaded.model, factored=True)
+    step = matching.simulation(session.loaded.model, config.precision)
 
     @jax.jit
     def score(trainable, frozen, observed, ids, attention):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
-from grab_jax import client, distances, leaves, models, tuning, views
+from grab_jax import client, distances, leaves, matching, models, tuning, views
 from grab_jax.kernels import residual_norms as kernel
 from grab_jax.leaves import LowRank, Outer, Pruned, Rows, Signs
 from grab_jax.types import InputError
@@ -240,6 +240,21 @@ def test_no_gradient_of_a_kernel_is_formed_in_a_step():
     ]
     assert (3, 64) in made
     assert not {(64, 64), (64, 128), (128, 64)} & set(made)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_precision_is_that_of_the_models_products_only(precision):
+    """Those of the second order too; the distance's own follow the process."""
+    model = models.build(goldens.config("bert", num_hidden_layers=1))
+    trainable, held = tuning.split(model.init(jax.random.key(0)), tuning.freezes(model, "embeddings"))
+    attention, labels = jnp.ones((1, 3), bool), jnp.eye(3)[:1]
+    simulate = matching.simulation(model, precision)
+    value = lambda e: distances.cosine(simulate(trainable, held, e, attention, labels, None), trainable)  # noqa: E731
+    program = jax.make_jaxpr(jax.grad(value))(jnp.ones((1, 3, 32)))
+    found = [str(e.params["precision"]) for e in equations(program.jaxpr) if e.primitive.name == "dot_general"]
+    wanted = {"float32": "Precision.HIGHEST", "bfloat16": "BF16_BF16_F32"}[precision]
+    assert sum(wanted in one for one in found) > sum("None" in one for one in found) > 0
+    assert all(wanted in one or one == "None" for one in found)
 
 
 def equations(jaxpr):

@@ -121,14 +121,14 @@ def word_table(model: Any, trainable: dict[str, Array], frozen: dict[str, Array]
 def compiled(model: Any, config: AttackConfig, pad: int, mesh: Mesh) -> Programs:
     """The programs of one model and setting; the same arguments give the same (already compiled) functions."""
     distance = distances.by_name(config.distance, config.l1)
-    objective = matching.embedding_objective(model, distance)
+    objective = matching.embedding_objective(model, distance, config.precision)
     optimizer = descent.adamw(
         config.steps, lr=config.lr, schedule=config.schedule, decay=config.decay,
         decay_every=config.decay_every, weight_decay=config.weight_decay, clip=config.clip,
     )  # fmt: skip
     search = descent.descent(objective, optimizer, lambda *args: project(model, *args))
     first, again = _starts(model, config, objective)
-    token_score = matching.token_objective(model, distance, pad)
+    token_score = matching.token_objective(model, distance, pad, config.precision)
 
     def score(ids, candidate, context):
         return jax.vmap(lambda one: token_score(one, candidate.masks, candidate.labels, *context))(ids)
