@@ -7,7 +7,7 @@ tensors that are not there, so that a view acts on both sides.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,8 +82,3 @@ def low_rank(matrix: Float[np.ndarray, "i o"], rows: int) -> LowRank | None:
     if whole - np.vdot(v, v) > LEFT_OUT**2 * whole:
         return None
     return LowRank(jnp.asarray(u, matrix.dtype), jnp.asarray(v, matrix.dtype))
-
-
-def parts(observed: Mapping[str, Seen]) -> int:
-    """How many tensors are seen as factors."""
-    return sum(isinstance(seen, LowRank) for seen in observed.values())
