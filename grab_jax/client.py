@@ -22,7 +22,8 @@ Simulate = Callable[..., Mapping[str, Leaf]]
 def fedsgd(model: Any, *, factored: bool = False) -> Simulate:
     """One FedSGD step: the gradient of the mean loss, of sequence classification or (causal LM) of the next token.
 
-    With `factored=True` kernels come as `leaves.Outer` (the same matrix, not formed): what an attacker compares.
+    With `factored=True` kernels come as `leaves.Outer` and tables as `leaves.Rows`, the same matrices, not formed: what
+    an attacker compares.
     Returns `simulate(trainable, frozen, inputs, attention, labels, masks) -> Update`, where `inputs` are token ids
     `[b t]` or word embeddings `[b t d]`, `labels` class probabilities `[b c]`, and `masks=None` is evaluation mode.
     A causal LM needs token ids and does not look at `labels`.

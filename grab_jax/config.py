@@ -135,9 +135,14 @@ class AttackConfig:
     )
     distance: distances.Name = setting("l2+l1", "distance between updates; normalised = per-tensor normalised l2+l1")
     l1: float = setting(0.01, "weight of the L1 term")
+    precision: Literal["float32", "bfloat16"] = setting(
+        "float32", "matrix products of the attacker's model; bfloat16 adds up in float32, and a CPU ignores it"
+    )
+    layers: str = setting("", "match only tensors whose path contains a match of this regular expression; empty = all")
     beam: int = setting(4, "beam width, and number of solutions improved")
     sweeps: int = setting(5, "beam sweeps per round; 0 skips the discrete phase")
     chunk: int | None = setting(None, "candidates scored at once; default: from the memory estimate")
+    together: int | None = setting(None, "restarts descended at once on a device; default: from the memory estimate")
 
     def __post_init__(self):
         for name in ("rounds", "steps", "restarts", "decay_every", "beam"):
@@ -147,7 +152,9 @@ class AttackConfig:
         for name in ("lr", "decay"):
             _require(getattr(self, name) > 0, f"attack_{name}", getattr(self, name), "a positive number")
         _require(self.clip is None or self.clip > 0, "attack_clip", self.clip, "a positive norm")
-        _require(self.chunk is None or self.chunk >= 1, "attack_chunk", self.chunk, "1 or more")
+        for name in ("chunk", "together"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"attack_{name}", value, "1 or more")
         _require(0 <= self.mask_start <= 1, "attack_mask_start", self.mask_start, "a number in [0, 1]")
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 import jax
 import numpy as np
 
-from grab_jax import about, client, distances, plan, run
+from grab_jax import about, distances, matching, plan, run, views
 from grab_jax.config import Config
 from grab_jax.span.scaling import bucket
 from grab_jax.types import Batch
@@ -18,7 +18,6 @@ PER_BUCKET, PER_COUNT = 20, 4
 
 def describe(config: Config) -> str:
     """The plan in words, one topic a line; for a search, one candidate score is timed for the estimate."""
-    jax.config.update("jax_default_matmul_precision", "highest")
     session = run.prepare(config)
     topics = (_span if config.attack.name == "span" else _grab)(session)
     notes = [f"note         {note}" for note in session.notes]
@@ -35,7 +34,7 @@ def _grab(session: run.Session) -> dict[str, str]:
         **_client(session),
         "batches": f"{len(session.batches)} in {len(work.groups)} group(s): {shapes} [sentences, tokens]",
         "memory": f"about {work.bytes / 2**30:.2f} of {work.memory / 2**30:.1f} GiB; "
-        f"{work.chunk} candidates scored at once",
+        f"{work.chunk} candidates scored and {work.together} restart(s) descended at once",
         "compilations": f"about {work.compilations}",
         "work": f"at most {work.steps} continuous steps and about {work.scores} candidate scores",
         "time": f"about {_clock(plan.seconds(work, _score_once(session)))} without compilation, {about.device()}",
@@ -125,10 +124,12 @@ def _clock(seconds: float) -> str:
 def _score_once(session: run.Session):
     """One first-order evaluation at the largest shape, as the attack would do it."""
     batch = max(session.batches, key=lambda b: b.batch.ids.size)
-    observed = run.simulated(session, batch.index).problem.observed
+    config = session.config.attack
+    seen = views.only(run.simulated(session, batch.index).problem.observed, config.layers)
+    (observed,) = views.factored([seen], batch.batch.ids.size)
     labels = jax.nn.one_hot(batch.batch.labels, session.loaded.model.num_labels)
-    distance = distances.by_name(session.config.attack.distance, session.config.attack.l1)
-    step = client.fedsgd(session.loaded.model, factored=True)
+    distance = distances.by_name(config.distance, config.l1)
+    step = matching.simulation(session.loaded.model, config.precision)
 
     @jax.jit
     def score(trainable, frozen, observed, ids, attention):

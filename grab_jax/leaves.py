@@ -1,17 +1,25 @@
-"""Leaves of an update: a plain array, or `Outer(x, dy)`, a linear layer's gradient `x.T @ dy` that is not formed.
+"""Leaves of an update, and the products of two leaves that distances are made of.
 
-A transformer's gradient is its layers' inputs and output cotangents: `n (i + o)` numbers instead of `i * o` for a
-kernel `[i, o]` seen by n token rows. `inner`, `square_norm` and `residual_norms` are all a distance needs.
+A candidate's kernel is `Outer(x, dy)`, the gradient `x.T @ dy` of a linear layer that is not formed: a transformer's
+gradient is its layers' inputs and output cotangents, `n (i + o)` numbers instead of `i * o` for a kernel `[i, o]` seen
+by n token rows. Its embedding table is `Rows`, zero but in the rows looked up. The observed kernel is `LowRank(u, v)`
+where that is exact (`views.py`): it has no more rank than the client's batch has tokens. Views of part of an update are
+`Pruned` and `Signs`. All other leaves are plain arrays.
+
+Costs are in multiply-adds per restart; `thin` is the one rule that chooses between factors and entries.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float
+
+from grab_jax.kernels import residual_norms as kernel
 
 
 class Outer(NamedTuple):
@@ -21,79 +29,168 @@ class Outer(NamedTuple):
     dy: Float[Array, "n o"]
 
 
-Leaf = Array | Outer
+@partial(jax.tree_util.register_dataclass, data_fields=["ids", "dy"], meta_fields=["size"])
+@dataclass(frozen=True)
+class Rows:
+    """The matrix `[size, d]` whose row i is the sum of `dy` where `ids` is i: the gradient of a lookup."""
+
+    ids: Any  # Int[Array, " n"]; trees of leaves hold other things in its place
+    dy: Any  # Float[Array, "n d"]
+    size: int
 
 
-def dense(leaf: Leaf) -> Float[Array, ...]:
+class LowRank(NamedTuple):
+    """The matrix `u.T @ v`, of shape `[i, o]`; the rows of `u` are orthonormal, or zero."""
+
+    u: Float[Array, "r i"]
+    v: Float[Array, "r o"]
+
+
+class Pruned(NamedTuple):
+    """An update of which only the entries that are not zero were sent: nothing is known of the others."""
+
+    array: Float[Array, ...]
+
+
+class Signs(NamedTuple):
+    """The signs of an update, in -1, 0, 1: a candidate's entry is wrong by its size where its sign is."""
+
+    array: Float[Array, ...]
+
+
+Leaf = Array | Outer | Rows
+Seen = Array | LowRank | Pruned | Signs
+
+
+def thin(rows: int, i: int, o: int) -> bool:
+    """Whether a product of factors costs less than the matrix `[i, o]`: `rows * (i + o) < i * o`."""
+    return rows * (i + o) < i * o
+
+
+def dense(leaf: Leaf | Seen) -> Float[Array, ...]:
     """The leaf as an array."""
-    return leaf.x.T @ leaf.dy if isinstance(leaf, Outer) else leaf
+    if isinstance(leaf, Rows):
+        return jnp.zeros((leaf.size, leaf.dy.shape[1]), leaf.dy.dtype).at[leaf.ids].add(leaf.dy)
+    if isinstance(leaf, Outer | LowRank):
+        return leaf[0].T @ leaf[1]
+    return leaf.array if isinstance(leaf, Pruned | Signs) else leaf
 
 
-def scale(leaf: Leaf, factor: Float[Array, ""]) -> Leaf:
-    """The leaf times a scalar."""
-    return Outer(leaf.x * factor, leaf.dy) if isinstance(leaf, Outer) else leaf * factor
+def scale(leaf: Leaf | Seen, factor: Float[Array, ""]) -> Leaf | Seen:
+    """The leaf times a positive scalar; signs stay signs."""
+    match leaf:
+        case Outer():
+            return Outer(leaf.x * factor, leaf.dy)
+        case Rows():
+            return Rows(leaf.ids, leaf.dy * factor, leaf.size)
+        case LowRank():
+            return LowRank(leaf.u, leaf.v * factor)
+        case Pruned():
+            return Pruned(leaf.array * factor)
+        case Signs():
+            return leaf
+    return leaf * factor
 
 
-def inner(leaf: Leaf, array: Float[Array, ...]) -> Float[Array, ""]:
-    """Sum of the products of all entries of a leaf and an array of its shape."""
-    if isinstance(leaf, Outer):
-        return jnp.vdot(leaf.x @ array, leaf.dy)
-    return jnp.vdot(leaf, array)
+def inner(leaf: Leaf, seen: Seen) -> Float[Array, ""]:
+    """Sum of the products of all entries: `n r (i + o)` for two factored leaves, else `n i o`."""
+    match leaf, seen:
+        case Outer(), LowRank():
+            return jnp.vdot(leaf.x @ seen.u.T, leaf.dy @ seen.v.T)
+        case Outer(), _:
+            return jnp.vdot(leaf.x @ dense(seen), leaf.dy)
+        case Rows(), _:
+            return jnp.vdot(dense(seen)[leaf.ids], leaf.dy)
+    return jnp.vdot(leaf, dense(seen))
 
 
-def square_norm(leaf: Leaf) -> Float[Array, ""]:
-    """Sum of squares of all entries; through n x n Gram matrices where that is cheaper than the matrix itself."""
+def square_norm(leaf: Leaf, seen: Seen | None = None) -> Float[Array, ""]:
+    """Sum of squares of the entries that `seen` shows, by default all: `n^2 (i + o)` where thin, else `n i o`."""
+    if isinstance(seen, Pruned):
+        return _norms(leaf, seen.array, _shown)[0]
+    if isinstance(leaf, Rows):
+        return jnp.vdot(_same(leaf) @ leaf.dy, leaf.dy)
     if not isinstance(leaf, Outer):
         return jnp.vdot(leaf, leaf)
-    (rows, i), o = leaf.x.shape, leaf.dy.shape[1]
-    if rows * (i + o) < i * o:
+    if thin(len(leaf.x), leaf.x.shape[1], leaf.dy.shape[1]):
         return jnp.vdot(leaf.x @ leaf.x.T, leaf.dy @ leaf.dy.T)
-    full = dense(leaf)
-    return jnp.vdot(full, full)
+    return kernel.residual_norms(*leaf)[0]
 
 
-def residual_norms(leaf: Leaf, array: Float[Array, ...]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`(sum of squares, sum of absolute values)` of `leaf - array`.
+def seen_square_norm(seen: Seen) -> Float[Array, ""]:
+    """Sum of squares of an observed leaf."""
+    array = seen.v if isinstance(seen, LowRank) else dense(seen)
+    return jnp.vdot(array, array)
 
-    Differentiable in the leaf only. For an `Outer` leaf the residual matrix lives only inside one step of a
-    sequential loop over the batched axis (restarts, candidates, victims), so that it stays in cache, and the
-    derivative forms it again instead of keeping it.
+
+def residual_square(leaf: Leaf, seen: Seen) -> Float[Array, ""]:
+    """Sum of squares of the residual, exact near zero too; differentiable in `leaf` only.
+
+    Against `LowRank` the residual splits at the column space of `u`: with `p = x @ u.T`, the part inside is
+    `p.T @ dy - v`, subtracted entry by entry, and the part outside is `(x - p @ u).T @ dy`, whose Gram matrices are
+    sums without a difference. `|a|^2 - 2 <a, b> + |b|^2` would cancel where the two are close.
     """
+    if not (isinstance(leaf, Outer) and isinstance(seen, LowRank)):
+        return residual_norms(leaf, seen)[0]
+    if not thin(len(leaf.x), leaf.x.shape[1], leaf.dy.shape[1]):
+        return residual_norms(leaf, seen)[0]
+    u, v = jax.lax.stop_gradient(seen)
+    along = leaf.x @ u.T
+    inside = along.T @ leaf.dy - v
+    return jnp.vdot(inside, inside) + square_norm(Outer(leaf.x - along @ u, leaf.dy))
+
+
+def residual_norms(leaf: Leaf, seen: Seen) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`(sum of squares, sum of absolute values)` of the residual; differentiable in `leaf` only.
+
+    The residual of an entry is the difference; 0 where a pruned update does not show it; and where only signs are seen,
+    `min(a * sign, 0)` (TAG's hinge).
+    """
+    match seen:
+        case LowRank():
+            if isinstance(leaf, Outer):
+                return kernel.residual_norms(*leaf, tuple(seen))
+            return _norms(leaf, dense(seen), kernel.subtract)
+        case Pruned():
+            return _norms(leaf, seen.array, _difference_where_shown)
+        case Signs():
+            return _norms(leaf, seen.array, _hinge)
+    return _norms(leaf, seen, kernel.subtract)
+
+
+def _norms(leaf: Leaf, array: Float[Array, ...], gap: kernel.Gap) -> tuple[Float[Array, ""], Float[Array, ""]]:
     if isinstance(leaf, Outer):
-        return _outer_residual(leaf.x, leaf.dy, jax.lax.stop_gradient(array))
-    difference = leaf - jax.lax.stop_gradient(array)
-    return jnp.vdot(difference, difference), jnp.abs(difference).sum()
+        return kernel.residual_norms(*leaf, array, gap=gap)
+    if isinstance(leaf, Rows):
+        return _row_norms(leaf, array, gap)
+    entries = gap(leaf, jax.lax.stop_gradient(array))
+    return jnp.vdot(entries, entries), jnp.abs(entries).sum()
 
 
-def _norms(x, dy, array):
-    residual = x.T @ dy - array
-    return jnp.vdot(residual, residual), jnp.abs(residual).sum()
+def _row_norms(leaf: Rows, array: Float[Array, "v d"], gap: kernel.Gap) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Rows looked up are compared once each; the others are what the observed table alone says."""
+    array = jax.lax.stop_gradient(array)
+    same = _same(leaf)
+    first = jnp.tril(same, -1).sum(1) == 0
+    found = jnp.where(first[:, None], gap(same @ leaf.dy, array[leaf.ids]), 0.0)
+    alone = gap(jnp.zeros((), array.dtype), array)
+    rest = jnp.ones(leaf.size, array.dtype).at[leaf.ids].set(0.0)
+    squares, absolutes = (alone * alone).sum(1), jnp.abs(alone).sum(1)
+    return jnp.vdot(found, found) + jnp.vdot(rest, squares), jnp.abs(found).sum() + jnp.vdot(rest, absolutes)
 
 
-def _cotangents(x, dy, array, by_square, by_absolute):
-    residual = x.T @ dy - array
-    weight = 2 * by_square * residual + by_absolute * jnp.sign(residual)
-    return dy @ weight.T, x @ weight
+def _same(leaf: Rows) -> Float[Array, "n n"]:
+    """1 where two positions looked up the same row."""
+    return (leaf.ids[:, None] == leaf.ids[None]).astype(leaf.dy.dtype)
 
 
-def _in_cache(function):
-    """On a CPU, vmap becomes a loop: one residual in cache beats a batched product several times over."""
-    looped = sequential_vmap(function)
-    return lambda *args: looped(*args) if jax.default_backend() == "cpu" else function(*args)
+def _shown(ours: Array, theirs: Array) -> Array:
+    return jnp.where(theirs != 0, ours, 0.0)
 
 
-@jax.custom_vjp
-def _outer_residual(x, dy, array):
-    return _in_cache(_norms)(x, dy, array)
+def _difference_where_shown(ours: Array, theirs: Array) -> Array:
+    return jnp.where(theirs != 0, ours - theirs, 0.0)
 
 
-def _forward(x, dy, array):
-    return _in_cache(_norms)(x, dy, array), (x, dy, array)
-
-
-def _backward(saved, cotangents):
-    x, dy, array = saved
-    return *_in_cache(_cotangents)(x, dy, array, *cotangents), None
-
-
-_outer_residual.defvjp(_forward, _backward)
+def _hinge(ours: Array, signs: Array) -> Array:
+    return jnp.minimum(ours * signs, 0.0)

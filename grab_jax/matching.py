@@ -3,28 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grab_jax import client, distances
 from grab_jax.masks import complete
-from grab_jax.types import Candidate, Known, Masks, Update
+from grab_jax.types import Candidate, Known, Masks
 
 Objective = Callable[..., Float[Array, ""]]
+Precision = Literal["float32", "bfloat16"]
+
+_PRODUCTS = {"float32": "highest", "bfloat16": "BF16_BF16_F32"}
 
 
-def embedding_objective(model: Any, distance: distances.Distance) -> Objective:
+def simulation(model: Any, precision: Precision = "float32") -> client.Simulate:
+    """The client step as the attacker repeats it, factored.
+
+    `bfloat16` rounds what enters the model's matrix products, and those of their derivatives, and adds up in float32; a
+    CPU computes in float32 all the same. Distances are in float32 always.
+    """
+    step = client.fedsgd(model, factored=True)
+
+    def simulate(*args):
+        with jax.default_matmul_precision(_PRODUCTS[precision]):
+            return step(*args)
+
+    return simulate
+
+
+def embedding_objective(model: Any, distance: distances.Distance, precision: Precision = "float32") -> Objective:
     """Distance of a continuous candidate.
 
     Returns `objective(candidate, trainable, frozen, observed, known)`; a candidate without masks uses those told, and
     no dropout where none are. Every shared tensor is matched except the word table, which embeddings used as input do
     not touch.
     """
-    simulate = client.fedsgd(model, factored=True)
+    simulate = simulation(model, precision)
 
-    def objective(candidate: Candidate, trainable, frozen, observed: Update, known: Known) -> Float[Array, ""]:
+    def objective(
+        candidate: Candidate, trainable, frozen, observed: distances.Observed, known: Known
+    ) -> Float[Array, ""]:
         fixed = {**frozen, **{path: value for path, value in trainable.items() if path == model.word_table}}
         matched = {path: value for path, value in trainable.items() if path != model.word_table}
         labels = known.labels if candidate.labels is None else candidate.labels
@@ -35,13 +56,13 @@ def embedding_objective(model: Any, distance: distances.Distance) -> Objective:
     return objective
 
 
-def token_objective(model: Any, distance: distances.Distance, pad: int) -> Objective:
+def token_objective(model: Any, distance: distances.Distance, pad: int, precision: Precision = "float32") -> Objective:
     """Distance of a token candidate, every shared tensor matched.
 
     Returns `score(ids, masks, labels, trainable, frozen, observed, known)`; masks and labels that are None are taken
     from `known` (no dropout where it holds no masks). A padding token is attended to nowhere, as in the client.
     """
-    simulate = client.fedsgd(model, factored=True)
+    simulate = simulation(model, precision)
 
     def score(
         ids: Int[Array, "b t"],

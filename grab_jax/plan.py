@@ -27,10 +27,14 @@ class Group(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """`chunk` candidates are scored at once; `bytes` is the estimated peak; `memory` what the device has."""
+    """`chunk` candidates are scored and `together` restarts descended at once.
+
+    `bytes` is the estimated peak, `memory` what the device has.
+    """
 
     groups: tuple[Group, ...]
     chunk: int
+    together: int
     bytes: int
     memory: int
     compilations: int
@@ -54,22 +58,24 @@ def make(config: Config, model: Any, trainable: dict[str, Any], batches: Sequenc
     for batch in batches:
         by_shape.setdefault(tuple(batch.batch.ids.shape), []).append(batch.index)
     largest = max(by_shape, key=lambda shape: shape[0] * shape[1])
-    one_step = 6 * _activations(model, *largest) + _formed_table(model, trainable)
+    one_step = 6 * _activations(model, *largest)
     budget = 0.6 * memory - 2 * shared
     size = int(max(1, min(config.run.group, budget // (shared + config.attack.restarts * one_step))))
     if config.attack.name == "span":
         size = 1  # seconds each: every batch is written as soon as it is decoded
-    one_score = 2 * _activations(model, *largest) + _formed_table(model, trainable)
+    fit = int(max(1, min(config.attack.restarts, (budget - size * shared) // (size * one_step))))
+    together = config.attack.together or fit
+    one_score = 2 * _activations(model, *largest) + _looked_up(model, trainable)
     chunk = config.attack.chunk or int(max(1, min(MOST_CHUNK, (budget - size * shared) // one_score)))
     groups = [
         Group(shape, tuple(members[i : i + size]))
         for shape, members in sorted(by_shape.items())
         for i in range(0, len(members), size)
     ]
-    peak = 2 * shared + size * shared + max(size * config.attack.restarts * one_step, chunk * one_score)
+    peak = 2 * shared + size * shared + max(size * together * one_step, chunk * one_score)
     shapes = len({(group.shape, len(group.members)) for group in groups})
     scores, steps = _work(config, batches)
-    return Plan(tuple(groups), chunk, int(peak), memory, 8 * shapes, scores, steps)
+    return Plan(tuple(groups), chunk, together, int(peak), memory, 8 * shapes, scores, steps)
 
 
 def _activations(model: Any, batch: int, length: int) -> int:
@@ -78,9 +84,9 @@ def _activations(model: Any, batch: int, length: int) -> int:
     return 4 * batch * length * layers * (16 * model.width + 3 * heads * length)
 
 
-def _formed_table(model: Any, trainable: dict[str, Any]) -> int:
-    """Bytes per candidate of the word table's gradient, which is formed where the table is trained."""
-    return 8 * int(np.prod(trainable[model.word_table].shape)) if model.word_table in trainable else 0
+def _looked_up(model: Any, trainable: dict[str, Any]) -> int:
+    """Bytes per candidate that say which rows of the word table it uses, where the table is trained."""
+    return 4 * len(trainable[model.word_table]) if model.word_table in trainable else 0
 
 
 def _work(config: Config, batches: Sequence[ClientBatch]) -> tuple[int, int]:
@@ -107,5 +113,6 @@ def seconds(plan: Plan, score_one: Any) -> float:
 
 
 def resolved(config: Config, plan: Plan) -> Config:
-    """The config with the planned chunk filled in."""
-    return dataclasses.replace(config, attack=dataclasses.replace(config.attack, chunk=plan.chunk))
+    """The config with the planned sizes filled in."""
+    attack = dataclasses.replace(config.attack, chunk=plan.chunk, together=plan.together)
+    return dataclasses.replace(config, attack=attack)

@@ -63,7 +63,6 @@ def run(config: Config) -> Path:
       InputError: bad input, in one sentence; results already written stay.
     """
     os.umask(0o077)
-    jax.config.update("jax_default_matmul_precision", "highest")
     if config.report.beside is not None:
         report.read(Path(config.report.beside), "--report_beside")  # better refused now than after the attack
     session = prepare(config)
@@ -98,7 +97,8 @@ def rebuild(config: Config) -> Path:
 
 
 def prepare(config: Config) -> Session:
-    """Load model and data, form batches and the plan."""
+    """Load model and data, form batches and the plan; matrix products are exact float32 from here on, on any device."""
+    jax.config.update("jax_default_matmul_precision", "highest")
     keys = _keys(config)
     notes: list[str] = []
     loaded = models.load(

@@ -24,6 +24,7 @@ SMALL = """--model=builtin:bert-mini --data=builtin --num_batches=2 --batch_size
     --attack_candidates=4 --attack_permutations=4 --attack_sweeps=1"""
 SMALL_SCRIPTS = {
     "bench_batching.py": "--model=builtin:bert-mini --together=2 --length=8 --steps=2 --repeats=1",
+    "bench_matching.py": "--sizes=tiny --lengths=8 --restarts=1 --repeats=1",
     "compare.py": "--a={run} --b={run}",
     "span_aggregation.py": "--clients=2 --size=1",
     "span_decoys.py": "--problems=2 --sizes=1 --out={tmp}/decoys.jsonl",

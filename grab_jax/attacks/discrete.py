@@ -66,7 +66,7 @@ def _with(array: np.ndarray, j: int, value: Any) -> np.ndarray:
 def _scorer(job: Job, j: int, candidate: Candidate, tick: Callable[[int], None] | None = None) -> scoring.Score:
     if job.config.score_masks == "off":
         candidate = candidate._replace(masks=None)
-    context = programs.context(job.problems[j], job.programs.mesh, job.shared)
+    context = programs.context(j, job.programs.mesh, job.shared)
     score = lambda ids: job.programs.score(ids, candidate, context)  # noqa: E731
     devices = job.programs.mesh.size
     chunk = job.config.chunk or programs.CHUNK

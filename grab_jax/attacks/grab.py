@@ -73,10 +73,10 @@ def start(keys: Key[Array, " k"], problems: Sequence[Problem], config: AttackCon
 
 
 def _job(keys, problems: Sequence[Problem], config: AttackConfig, on_segment: OnSegment | None) -> Job:
-    mesh = programs.mesh_for(len(problems))
+    mesh = programs.mesh_for(len(problems), config.restarts)
     compiled = programs.compiled(problems[0].model, config, problems[0].vocabulary.pad, mesh)
     notify = on_segment or (lambda _state, _progress: None)
-    return Job(keys, problems, config, programs.stack(problems, mesh), compiled, notify)
+    return Job(keys, problems, config, programs.stack(problems, config.layers, mesh), compiled, notify)
 
 
 def _blank(job: Job) -> State:
@@ -121,12 +121,13 @@ def _select(job: Job, state: State) -> State:
     candidates = _before_start(job, state, keys[..., 0])
     choose = job.programs.again if state.round else job.programs.first
     ids = (jnp.asarray(state.discrete),) if state.round else ()
-    keys, candidates, *ids = programs.fill((keys[..., 1], candidates, *ids), mesh)
+    keys, candidates = programs.fill((keys[..., 1], candidates), mesh, programs.EACH)
+    ids = programs.fill(ids, mesh)
     chosen = []
-    for i in range(len(keys) // mesh.size):
+    for i in range(len(keys) // mesh.shape["k"]):
         mine = jax.random.clone(keys)  # each call uses other entries of the same array
         chosen.append(choose(mine, candidates, *ids, i, job.shared))
-        job.notify(None, progress(job, state, min(k, (i + 1) * mesh.size), state.scores[:, 1], None))
+        job.notify(None, progress(job, state, min(k, (i + 1) * mesh.shape["k"]), state.scores[:, 1], None))
     # The i-th result holds the i-th batch of every device: interleave them back into the order of the batches.
     together = jax.tree.map(lambda *leaves: _interleave(leaves, k), *chosen)
     return state._replace(descent=job.programs.init(together), phase=np.int32(CONTINUOUS), step=np.int32(0))
@@ -153,7 +154,8 @@ def _descend(job: Job, state: State) -> State:
     """One segment of the continuous phase."""
     k, r = len(job.problems), int(state.round)
     stop = min(int(state.step) + SEGMENT, job.config.steps)
-    begin = programs.fill((state.descent, jnp.asarray(state.losses[:, r])), job.programs.mesh)
+    mesh = job.programs.mesh
+    begin = programs.fill(state.descent, mesh, programs.EACH), programs.fill(jnp.asarray(state.losses[:, r]), mesh)
     found, losses = programs.at(job.programs.run(*begin, state.step, stop, job.shared), slice(k))
     kept = np.array(state.losses)
     kept[:, r] = losses

@@ -1,7 +1,8 @@
 """The compiled pieces of a gradient-matching attack: starts, descent, tokens, scores; one compilation per shape.
 
-Client batches of one shape are stacked on a leading axis k, attacked together and split over the local devices; the
-weights are shared. Nothing is communicated between devices.
+Client batches of one shape are stacked on a leading axis k, attacked together and split over the local devices, and
+where there are devices to spare, so are the restarts n of each; the weights are shared. Devices exchange the best loss
+of the restarts at the end of a run of steps, and nothing else.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from grab_jax import distances, masks, matching
+from grab_jax import distances, masks, matching, views
 from grab_jax.config import AttackConfig
+from grab_jax.leaves import Seen
 from grab_jax.search import descent, starts, vocabulary
 from grab_jax.types import Candidate, Known, Problem
 
@@ -26,16 +28,19 @@ CHUNK = 64
 
 
 class Shared(NamedTuple):
-    """The arrays every program reads: the weights, and what differs between client batches, stacked `[k ...]`."""
+    """The arrays every program reads: the weights, and what differs between client batches, stacked `[k ...]`.
+
+    `observed` is what is matched of the updates, factored where that is exact.
+    """
 
     trainable: dict[str, Array]
     frozen: dict[str, Array]
-    observed: dict[str, Array]
+    observed: dict[str, Seen]
     known: Known
 
 
 class Programs(NamedTuple):
-    """Jitted functions; those over all client batches are split over the local devices of `mesh`.
+    """Jitted functions, split over the local devices of `mesh`.
 
     `first(keys, candidates, i, shared)` and `again(keys, candidates, ids, i, shared)` choose a start for the i-th batch
     of every device, all restarts; `init(candidates)` begins a descent, `run(state, losses, step, stop, shared)`
@@ -52,40 +57,48 @@ class Programs(NamedTuple):
     score: Callable[..., Array]
 
 
-Context = tuple[dict[str, Array], dict[str, Array], dict[str, Array], Known]
+Context = tuple[dict[str, Array], dict[str, Array], dict[str, Seen], Known]
 """`(trainable, frozen, observed, known)` of one client batch."""
 
-_SPLIT, _WHOLE = PartitionSpec("k"), PartitionSpec()
+EACH = PartitionSpec("k", "n")
+"""Placement of arrays `[k n ...]`: client batches over the rows of the mesh, restarts over its columns."""
+
+_SPLIT, _WHOLE, _ALL = PartitionSpec("k"), PartitionSpec(), PartitionSpec(("k", "n"))
 _SHARED = Shared(_WHOLE, _WHOLE, _SPLIT, _SPLIT)
 
 
-def mesh_for(batches: int) -> Mesh:
-    """As many local devices as there are client batches to split over them."""
-    return Mesh(np.array(jax.local_devices()[: max(1, batches)]), ("k",))
+def mesh_for(batches: int, restarts: int = 1) -> Mesh:
+    """Local devices as a grid: rows for client batches, and columns for restarts, as many as divide them evenly."""
+    devices = jax.local_devices()
+    k = min(len(devices), max(1, batches))
+    n = max(n for n in range(1, len(devices) // k + 1) if restarts % n == 0)
+    return Mesh(np.array(devices[: k * n]).reshape(k, n), ("k", "n"))
 
 
-def stack(problems: Sequence[Problem], mesh: Mesh) -> Shared:
+def stack(problems: Sequence[Problem], layers: str, mesh: Mesh) -> Shared:
     """Put problems of one shape side by side on the mesh, the last one repeated to fill it; weights are replicated."""
-    filled = [*problems, *[problems[-1]] * (-len(problems) % mesh.size)]
-    together = lambda *leaves: jnp.stack(leaves)  # noqa: E731
-    observed = jax.tree.map(together, *[dict(p.observed) for p in filled])
-    known = jax.tree.map(together, *[p.known for p in filled])
+    rows = problems[0].known.ids.size
+    seen = views.factored([views.only(p.observed, layers) for p in problems], rows)
+    missing = -len(problems) % mesh.shape["k"]
+    together = lambda *leaves: jnp.stack([*leaves, *leaves[-1:] * missing])  # noqa: E731
+    observed = jax.tree.map(together, *seen)
+    known = jax.tree.map(together, *[p.known for p in problems])
     whole, split = NamedSharding(mesh, _WHOLE), NamedSharding(mesh, _SPLIT)
     weights = jax.device_put((dict(problems[0].trainable), dict(problems[0].frozen)), whole)
     return Shared(*weights, *jax.device_put((observed, known), split))
 
 
-def fill(tree: Any, mesh: Mesh) -> Any:
-    """Split the leading axis over the mesh, the last entry repeated until the mesh divides it.
+def fill(tree: Any, mesh: Mesh, spec: PartitionSpec = _SPLIT) -> Any:
+    """Split the leading axis over the mesh (and the next by `spec`), the last entry repeated until the mesh divides it.
 
     Always on the mesh: a program sees one placement, and is traced once.
     """
-    missing = lambda leaf: -leaf.shape[0] % mesh.size  # noqa: E731
+    missing = lambda leaf: -leaf.shape[0] % mesh.shape["k"]  # noqa: E731
     filled = jax.tree.map(
         lambda leaf: jnp.concatenate([leaf, jnp.repeat(leaf[-1:], missing(leaf), axis=0)]) if missing(leaf) else leaf,
         tree,
     )
-    return jax.device_put(filled, NamedSharding(mesh, _SPLIT))
+    return jax.device_put(filled, NamedSharding(mesh, spec))
 
 
 def at(tree: Any, j: int | slice | Array) -> Any:
@@ -93,9 +106,9 @@ def at(tree: Any, j: int | slice | Array) -> Any:
     return jax.tree.map(lambda leaf: leaf[j], tree)
 
 
-def context(problem: Problem, mesh: Mesh, shared: Shared) -> Context:
-    """One problem on every device."""
-    alone = jax.device_put((dict(problem.observed), problem.known), NamedSharding(mesh, _WHOLE))
+def context(j: int, mesh: Mesh, shared: Shared) -> Context:
+    """Problem j on every device."""
+    alone = jax.device_put(at((shared.observed, shared.known), j), NamedSharding(mesh, _WHOLE))
     return shared.trainable, shared.frozen, *alone
 
 
@@ -108,14 +121,14 @@ def word_table(model: Any, trainable: dict[str, Array], frozen: dict[str, Array]
 def compiled(model: Any, config: AttackConfig, pad: int, mesh: Mesh) -> Programs:
     """The programs of one model and setting; the same arguments give the same (already compiled) functions."""
     distance = distances.by_name(config.distance, config.l1)
-    objective = matching.embedding_objective(model, distance)
+    objective = matching.embedding_objective(model, distance, config.precision)
     optimizer = descent.adamw(
         config.steps, lr=config.lr, schedule=config.schedule, decay=config.decay,
         decay_every=config.decay_every, weight_decay=config.weight_decay, clip=config.clip,
     )  # fmt: skip
     search = descent.descent(objective, optimizer, lambda *args: project(model, *args))
     first, again = _starts(model, config, objective)
-    token_score = matching.token_objective(model, distance, pad)
+    token_score = matching.token_objective(model, distance, pad, config.precision)
 
     def score(ids, candidate, context):
         return jax.vmap(lambda one: token_score(one, candidate.masks, candidate.labels, *context))(ids)
@@ -126,12 +139,12 @@ def compiled(model: Any, config: AttackConfig, pad: int, mesh: Mesh) -> Programs
 
     return Programs(
         mesh,
-        first=split(first, _SPLIT, _SPLIT, _WHOLE, _SHARED),
-        again=split(again, _SPLIT, _SPLIT, _SPLIT, _WHOLE, _SHARED),
+        first=split(first, EACH, EACH, _WHOLE, _SHARED, out=EACH),
+        again=split(again, EACH, EACH, _SPLIT, _WHOLE, _SHARED, out=EACH),
         init=jax.jit(jax.vmap(jax.vmap(search.init))),
-        run=split(_descent(search), _SPLIT, _SPLIT, _WHOLE, _WHOLE, _SHARED),
+        run=split(_descent(search, config.together), EACH, _SPLIT, _WHOLE, _WHOLE, _SHARED, out=(EACH, _SPLIT)),
         tokens=jax.jit(vocabulary.nearest),
-        score=split(score, _SPLIT, _WHOLE, _WHOLE),
+        score=split(score, _ALL, _WHOLE, _WHOLE, out=_ALL),
     )
 
 
@@ -172,11 +185,20 @@ def _starts(model: Any, config: AttackConfig, objective: matching.Objective):
     return first, again
 
 
-def _descent(search: descent.Descent):
-    """The continuous phase: one loop over steps, vmapped over a device's client batches and their restarts."""
+def _descent(search: descent.Descent, together: int | None):
+    """The continuous phase: one loop over steps, vmapped over a device's client batches and their restarts.
+
+    `together` restarts are in memory at once, by default all.
+    """
+
+    def over_restarts(state, *context):
+        count = len(state.candidate.embeds)
+        step = lambda one: search.step(one, *context)  # noqa: E731
+        if together is None or together >= count:
+            return jax.vmap(step)(state)
+        return jax.lax.map(step, state, batch_size=together)
 
     def run(state, losses, step, stop, shared):
-        over_restarts = jax.vmap(search.step, in_axes=(0, None, None, None, None))
         over_batches = jax.vmap(over_restarts, in_axes=(0, None, None, 0, 0))
 
         def body(carry):
@@ -184,7 +206,9 @@ def _descent(search: descent.Descent):
             state, loss = over_batches(state, *shared)
             return state, losses.at[:, i].set(jnp.nanmin(loss, axis=1)), i + 1
 
-        return jax.lax.while_loop(lambda carry: carry[2] < stop, body, (state, losses, step))[:2]
+        state, losses, _ = jax.lax.while_loop(lambda carry: carry[2] < stop, body, (state, losses, step))
+        best = jax.lax.pmin(jnp.where(jnp.isnan(losses), jnp.inf, losses), "n")
+        return state, jnp.where(jnp.isinf(best), jnp.nan, best)
 
     return run
 

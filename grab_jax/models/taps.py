@@ -7,10 +7,9 @@ from functools import reduce
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grab_jax.leaves import Leaf, Outer
+from grab_jax.leaves import Leaf, Outer, Rows, dense
 from grab_jax.types import Masks, Params
 
 
@@ -23,7 +22,7 @@ def factored_gradient(
     attention: Bool[Array, "b t"],
     masks: Masks | None,
 ) -> dict[str, Leaf]:
-    """Gradient of `loss(logits)` for the parameter paths in `wanted`, kernels as `Outer` leaves.
+    """Gradient of `loss(logits)` for the parameter paths in `wanted`, kernels as `Outer` leaves, tables as `Rows`.
 
     Differentiable in `inputs` and `masks`, so second order goes through it as usual.
     """
@@ -51,12 +50,10 @@ def _leaf(path: str, param: Array, taps: Params, cotangents: Params) -> Leaf:
     return rows(cotangent["dy"]).sum(0)
 
 
-def _table(param: Array, tap: Params, cotangent: Params) -> Array:
-    """Gradient of an embedding table: looked-up rows, and the tied head where there is one."""
-    gradient = jnp.zeros(param.shape, param.dtype)
-    if "ids" in tap:
-        gradient = gradient.at[tap["ids"].reshape(-1)].add(cotangent["dy"].reshape(-1, param.shape[1]))
-    if "head_x" in tap:
-        x, dy = (a.reshape(-1, a.shape[-1]) for a in (tap["head_x"], cotangent["head_dy"]))
-        gradient = gradient + dy.T @ x
-    return gradient
+def _table(param: Array, tap: Params, cotangent: Params) -> Leaf:
+    """Gradient of an embedding table: looked-up rows; formed where a tied head reaches all the others."""
+    rows = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+    found = [Rows(tap["ids"].reshape(-1), rows(cotangent["dy"]), len(param))] if "ids" in tap else []
+    if "head_x" not in tap:
+        return found[0]
+    return rows(cotangent["head_dy"]).T @ rows(tap["head_x"]) + sum(dense(leaf) for leaf in found)

@@ -1,0 +1,1 @@
+"""Array kernels that know neither leaves nor models."""
