@@ -49,7 +49,7 @@ def per_step(many: list, attack: AttackConfig) -> float:
     """Milliseconds of one continuous step per sentence, `many` batches together."""
     keys = jax.random.split(jax.random.key(1), len(many))
     mesh = programs.mesh_for(len(many))
-    shared, state = programs.stack(many, attack.layers, mesh), grab.start(keys, many, attack)
+    shared, state = programs.stack(many, attack, mesh), grab.start(keys, many, attack)
     compiled = programs.compiled(many[0].model, attack, many[0].vocabulary.pad, mesh)
     draws = jax.random.normal(jax.random.key(2), state.descent.candidate.embeds.shape)
     candidate = state.descent.candidate._replace(embeds=draws)
@@ -61,7 +61,7 @@ def per_step(many: list, attack: AttackConfig) -> float:
 def per_score(problem, attack: AttackConfig) -> float:
     """Milliseconds of scoring one candidate, a chunk at a time."""
     mesh = programs.mesh_for(TOGETHER.value)
-    context = programs.context(0, mesh, programs.stack([problem], attack.layers, mesh))
+    context = programs.context(0, mesh, programs.stack([problem], attack, mesh))
     compiled = programs.compiled(problem.model, attack, problem.vocabulary.pad, mesh)
     candidate = programs.at(grab.start(jax.random.split(jax.random.key(1), 1), [problem], attack).solution, 0)
     ids = jnp.tile(problem.known.ids.clip(0), (programs.CHUNK, 1, 1))

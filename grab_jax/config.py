@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from grab_jax import defenses, distances
+from grab_jax import defenses, distances, matching, views
 from grab_jax.types import InputError
 
 
@@ -135,8 +135,11 @@ class AttackConfig:
     )
     distance: distances.Name = setting("l2+l1", "distance between updates; normalised = per-tensor normalised l2+l1")
     l1: float = setting(0.01, "weight of the L1 term")
-    precision: Literal["float32", "bfloat16"] = setting(
+    precision: matching.Precision = setting(
         "float32", "matrix products of the attacker's model; bfloat16 adds up in float32, and a CPU ignores it"
+    )
+    view: views.Name = setting(
+        "all", "what is matched: all entries, those a pruning client sent, or the signs (a hinge under l2 and l2+l1)"
     )
     layers: str = setting("", "match only tensors whose path contains a match of this regular expression; empty = all")
     beam: int = setting(4, "beam width, and number of solutions improved")

@@ -125,8 +125,8 @@ def _score_once(session: run.Session):
     """One first-order evaluation at the largest shape, as the attack would do it."""
     batch = max(session.batches, key=lambda b: b.batch.ids.size)
     config = session.config.attack
-    seen = views.only(run.simulated(session, batch.index).problem.observed, config.layers)
-    (observed,) = views.factored([seen], batch.batch.ids.size)
+    sent = run.simulated(session, batch.index).problem.observed
+    (observed,) = views.seen([sent], batch.batch.ids.size, config.view, config.layers)
     labels = jax.nn.one_hot(batch.batch.labels, session.loaded.model.num_labels)
     distance = distances.by_name(config.distance, config.l1)
     step = matching.simulation(session.loaded.model, config.precision)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +17,20 @@ from jaxtyping import Array, Float
 from grab_jax.leaves import LowRank, Pruned, Seen, Signs, thin
 from grab_jax.types import InputError, Update
 
+Name = Literal["all", "unpruned", "signs"]
+
 LEFT_OUT = 2.0**-20
 """Size of a remainder, relative to the matrix, that counts as rounding: 16 units in the last place of float32."""
 
 _SPARE = 8
+
+
+def seen(updates: Sequence[Update], rows: int, name: Name = "all", layers: str = "") -> list[dict[str, Seen]]:
+    """Observed updates of one model by the name of a view and a pattern of tensors; `rows` as in `factored`."""
+    chosen = [only(update, layers) for update in updates]
+    if name == "all":
+        return factored(chosen, rows)
+    return [{"unpruned": unpruned, "signs": signs}[name](update) for update in chosen]
 
 
 def only(observed: Update, pattern: str) -> dict[str, Array]:

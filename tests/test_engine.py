@@ -28,11 +28,11 @@ def distance(name):
 
 def viewed(view, observed, rows):
     """The observed update as the engine sees it."""
-    seen = views.only(observed, "layer_0|h_0") if view == "layers" else observed
+    layers = "layer_0|h_0" if view == "layers" else ""
     if view in ("unpruned", "signs"):
-        small = {p: jnp.asarray(np.where(np.abs(g) < np.median(np.abs(g)), 0, g)) for p, g in observed.items()}
-        return {"unpruned": views.unpruned, "signs": views.signs}[view](small)
-    return seen if view == "not factored" else views.factored([seen], rows)[0]
+        observed = {p: jnp.asarray(np.where(np.abs(g) < np.median(np.abs(g)), 0, g)) for p, g in observed.items()}
+        return views.seen([observed], rows, view)[0]
+    return observed if view == "not factored" else views.seen([observed], rows, layers=layers)[0]
 
 
 @pytest.fixture(params=["bert", "roberta", "gpt2"])

@@ -76,7 +76,7 @@ def _job(keys, problems: Sequence[Problem], config: AttackConfig, on_segment: On
     mesh = programs.mesh_for(len(problems), config.restarts)
     compiled = programs.compiled(problems[0].model, config, problems[0].vocabulary.pad, mesh)
     notify = on_segment or (lambda _state, _progress: None)
-    return Job(keys, problems, config, programs.stack(problems, config.layers, mesh), compiled, notify)
+    return Job(keys, problems, config, programs.stack(problems, config, mesh), compiled, notify)
 
 
 def _blank(job: Job) -> State:

@@ -75,10 +75,10 @@ def mesh_for(batches: int, restarts: int = 1) -> Mesh:
     return Mesh(np.array(devices[: k * n]).reshape(k, n), ("k", "n"))
 
 
-def stack(problems: Sequence[Problem], layers: str, mesh: Mesh) -> Shared:
+def stack(problems: Sequence[Problem], config: AttackConfig, mesh: Mesh) -> Shared:
     """Put problems of one shape side by side on the mesh, the last one repeated to fill it; weights are replicated."""
     rows = problems[0].known.ids.size
-    seen = views.factored([views.only(p.observed, layers) for p in problems], rows)
+    seen = views.seen([p.observed for p in problems], rows, config.view, config.layers)
     missing = -len(problems) % mesh.shape["k"]
     together = lambda *leaves: jnp.stack([*leaves, *leaves[-1:] * missing])  # noqa: E731
     observed = jax.tree.map(together, *seen)
