@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key
 
 from grab_jax import client, defenses, masks
@@ -42,10 +43,8 @@ def simulate(
     ids, attention, _ = batch.batch
     dropped = None
     if config.client.dropout > 0:
-        keys = jnp.stack(
-            [jax.random.fold_in(key, s.row % DEFENSE) for s in batch.sentences]
-        )  # control rows are negative
-        dropped = masks.sample(keys, model.sites, ids.shape[1])
+        rows = np.array([s.row % DEFENSE for s in batch.sentences], np.uint32)  # control rows are negative
+        dropped = _dropped(model, ids.shape[1])(key, rows)
     labels = jax.nn.one_hot(batch.batch.labels, model.num_labels)
     update = compiled(model)(trainable, frozen, ids, attention, labels, dropped)
     observed = defense(config)(jax.random.fold_in(jax.random.fold_in(key, DEFENSE), batch.index), update)
@@ -73,6 +72,13 @@ def defense(config: Config) -> defenses.Defense:
 def compiled(model: Any):
     """The jitted client step of a model."""
     return jax.jit(client.fedsgd(model))
+
+
+@lru_cache(maxsize=64)
+def _dropped(model: Any, length: int):
+    """The jitted draw of masks for sentences of a padded length, each by its row in the data."""
+    keyed = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return jax.jit(lambda key, rows: masks.sample(keyed(key, rows), model.sites, length))
 
 
 def told(batch: Batch, labels: Array, dropped: Masks | None, vocabulary: Vocabulary, config: Config) -> Known:

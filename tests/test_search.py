@@ -162,9 +162,10 @@ def test_best_of_keeps_a_better_start_and_returns_it_where_nothing_is_proposed()
     found, value = best_of(7, 4, start=low)
     np.testing.assert_array_equal(found["x"], low["x"])
     assert value == -10
-    found, value = best_of(0, 4)
-    np.testing.assert_array_equal(found["x"], BEGIN["x"])
-    assert value == 10
+    for count, lowest in ((0, 10), (scoring.NOTHING, np.inf)):
+        found, value = best_of(count, 4)
+        np.testing.assert_array_equal(found["x"], BEGIN["x"])
+        assert value == lowest
 
 
 def test_a_score_that_is_not_a_number_loses():
@@ -251,36 +252,51 @@ def test_rearrange_gathers_tokens_and_embeddings():
     np.testing.assert_array_equal(moves.rearrange(jnp.asarray(embeds), source), expected)
 
 
-def test_gaussian_starts_hold_the_anchors_at_the_norm_of_the_vocabulary_and_take_the_best_draw():
+def start_of(score, embeds, *, anchored=None, free=None, fresh, candidates=0, permutations=0, chunk=4, seed=1):
+    flat = jnp.ones(embeds.shape[:2], bool)
+    known = starts.Known(
+        jnp.asarray(embeds), flat & False if anchored is None else anchored, flat if free is None else free,
+        jnp.float32(2.5),
+    )  # fmt: skip
+    sizes = {"candidates": candidates, "permutations": permutations, "chunk": chunk}
+    run = jax.jit(lambda key, fresh: starts.choose(key, score, known, jnp.asarray(embeds), fresh=fresh, **sizes))
+    return np.asarray(run(jax.random.key(seed), fresh))
+
+
+def test_drawn_starts_hold_the_anchors_at_the_norm_of_the_vocabulary_and_take_the_best_draw():
     anchors = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
     anchored = np.array([[1, 0, 0, 0, 1], [1, 0, 0, 1, 1]], bool)
-
-    def run(score, count):
-        return np.asarray(
-            starts.gaussian(
-                jax.random.key(1), score, jnp.asarray(anchors), jnp.asarray(anchored), jnp.float32(2.5),
-                count=count, chunk=4,
-            )
-        )  # fmt: skip
-
     score = lambda embeds: embeds[0, 1, 0]  # noqa: E731
-    found = run(score, 40)
+    run = lambda count: start_of(score, anchors, anchored=anchored, fresh=True, candidates=count)  # noqa: E731
+    found = run(40)
     np.testing.assert_allclose(np.linalg.norm(found, axis=-1), 2.5, rtol=1e-5)
     unit = anchors / np.linalg.norm(anchors, axis=-1, keepdims=True)
     np.testing.assert_allclose(found[anchored], 2.5 * unit[anchored], rtol=1e-5)
     assert found[0, 1, 0] < -2  # the lowest of 41 draws on a sphere of radius 2.5
-    assert run(score, 0)[0, 1, 0] > found[0, 1, 0]
+    assert run(0)[0, 1, 0] > found[0, 1, 0]
 
 
 def test_permuted_starts_take_the_best_order_and_keep_a_better_original():
     embeds = np.arange(15, dtype=np.float32).reshape(1, 5, 3)
     free = jnp.array([[False, True, True, True, False]])
     score = lambda e: (e[0, :, 0] * jnp.array([0.0, 3.0, 2.0, 1.0, 0.0])).sum()  # noqa: E731  # ascending is best
-    run = lambda rows: starts.permuted(  # noqa: E731
-        jax.random.key(0), score, jnp.asarray(rows), free, shared=False, count=64, chunk=16
-    )
+    run = lambda rows: start_of(score, rows, free=free, fresh=False, permutations=64, chunk=16)  # noqa: E731
     np.testing.assert_array_equal(run(embeds[:, [0, 3, 1, 2, 4]]), embeds)
     np.testing.assert_array_equal(run(embeds), embeds)
+
+
+def test_drawn_starts_move_all_rows_together_and_later_ones_each_for_itself():
+    """The order that suits the first row best is not the one that suits the second."""
+    angles = np.array([[0.1, 0.5, 0.9, 1.3], [1.2, 0.3, 0.7, 0.2]])
+    rows = 2.5 * np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+    score = lambda e: (e[:, :, 1] @ jnp.arange(4.0)).sum()  # noqa: E731  # least where the angles fall
+    anchored = jnp.ones((2, 4), bool)
+    orders = lambda found: [  # noqa: E731
+        [int(np.abs(row - vector).sum(1).argmin()) for vector in moved] for row, moved in zip(rows, found, strict=True)
+    ]
+    first, second = orders(start_of(score, rows, anchored=anchored, fresh=True, permutations=200, chunk=50))
+    assert first == second
+    assert orders(start_of(score, rows, fresh=False, permutations=6000, chunk=500)) == [[3, 2, 1, 0], [0, 2, 1, 3]]
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 3, 6)])

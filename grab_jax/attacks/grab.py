@@ -119,14 +119,12 @@ def _select(job: Job, state: State) -> State:
     split = lambda key: jax.random.split(key, (job.config.restarts, 2))  # noqa: E731
     keys = jax.vmap(split)(round_keys(job, int(state.round))[:, 0])
     candidates = _before_start(job, state, keys[..., 0])
-    choose = job.programs.again if state.round else job.programs.first
-    ids = (jnp.asarray(state.discrete),) if state.round else ()
     keys, candidates = programs.fill((keys[..., 1], candidates), mesh, programs.EACH)
-    ids = programs.fill(ids, mesh)
+    ids, fresh = programs.fill(jnp.asarray(state.discrete), mesh), state.round == 0
     chosen = []
     for i in range(len(keys) // mesh.shape["k"]):
         mine = jax.random.clone(keys)  # each call uses other entries of the same array
-        chosen.append(choose(mine, candidates, *ids, i, job.shared))
+        chosen.append(job.programs.choose(mine, candidates, ids, fresh, i, job.shared))
         job.notify(None, progress(job, state, min(k, (i + 1) * mesh.shape["k"]), state.scores[:, 1], None))
     # The i-th result holds the i-th batch of every device: interleave them back into the order of the batches.
     together = jax.tree.map(lambda *leaves: _interleave(leaves, k), *chosen)
@@ -144,7 +142,7 @@ def _before_start(job: Job, state: State, keys: Key[Array, "k n"]) -> Candidate:
     repeated = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[:, None], n, axis=1), state.solution)
     if state.round:
         return repeated
-    draw = jax.vmap(jax.vmap(lambda key: _unknowns(key, job)))
+    draw = jax.jit(jax.vmap(jax.vmap(lambda key: _unknowns(key, job))))
     masks_drawn, labels = draw(keys)
     told = jax.tree.map(lambda *leaves: jnp.stack(leaves)[:, None], *[p.known.masks for p in job.problems])
     return Candidate(repeated.embeds, masks.hold(masks_drawn, told), labels)

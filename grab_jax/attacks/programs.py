@@ -42,15 +42,14 @@ class Shared(NamedTuple):
 class Programs(NamedTuple):
     """Jitted functions, split over the local devices of `mesh`.
 
-    `first(keys, candidates, i, shared)` and `again(keys, candidates, ids, i, shared)` choose a start for the i-th batch
-    of every device, all restarts; `init(candidates)` begins a descent, `run(state, losses, step, stop, shared)`
-    advances it; `tokens(embeds, table)` are the nearest tokens and their cosines; `score(ids, candidate, context)`
-    rates token batches `[n b t]` against the batch of `context`.
+    `choose(keys, candidates, ids, fresh, i, shared)` is a start for the i-th batch of every device, all restarts: drawn
+    if `fresh`, else from the tokens `ids`; `init(candidates)` begins a descent and `run(state, losses, step, stop,
+    shared)` advances it; `tokens(embeds, table)` are the nearest tokens and their cosines; `score(ids, candidate,
+    context)` rates token batches `[n b t]` against the batch of `context`.
     """
 
     mesh: Mesh
-    first: Callable[..., Candidate]
-    again: Callable[..., Candidate]
+    choose: Callable[..., Candidate]
     init: Callable[..., descent.State]
     run: Callable[..., tuple[descent.State, Array]]
     tokens: Callable[..., tuple[Array, Array]]
@@ -127,7 +126,6 @@ def compiled(model: Any, config: AttackConfig, pad: int, mesh: Mesh) -> Programs
         decay_every=config.decay_every, weight_decay=config.weight_decay, clip=config.clip,
     )  # fmt: skip
     search = descent.descent(objective, optimizer, lambda *args: project(model, *args))
-    first, again = _starts(model, config, objective)
     token_score = matching.token_objective(model, distance, pad, config.precision)
 
     def score(ids, candidate, context):
@@ -139,8 +137,7 @@ def compiled(model: Any, config: AttackConfig, pad: int, mesh: Mesh) -> Programs
 
     return Programs(
         mesh,
-        first=split(first, EACH, EACH, _WHOLE, _SHARED, out=EACH),
-        again=split(again, EACH, EACH, _SPLIT, _WHOLE, _SHARED, out=EACH),
+        choose=split(_start(model, config, objective), EACH, EACH, _SPLIT, _WHOLE, _WHOLE, _SHARED, out=EACH),
         init=jax.jit(jax.vmap(jax.vmap(search.init))),
         run=split(_descent(search, config.together), EACH, _SPLIT, _WHOLE, _WHOLE, _SHARED, out=(EACH, _SPLIT)),
         tokens=jax.jit(vocabulary.nearest),
@@ -148,41 +145,29 @@ def compiled(model: Any, config: AttackConfig, pad: int, mesh: Mesh) -> Programs
     )
 
 
-def _starts(model: Any, config: AttackConfig, objective: matching.Objective):
+def _start(model: Any, config: AttackConfig, objective: matching.Objective):
     """Per device: a start for each restart of its i-th client batch."""
-    sizes = lambda count: {"count": count, "chunk": min(config.chunk or CHUNK, max(count, 1))}  # noqa: E731
+    largest = max(config.candidates, config.permutations)
+    sizes = {
+        "candidates": config.candidates, "permutations": config.permutations,
+        "chunk": min(config.chunk or CHUNK, largest + 1),
+    }  # fmt: skip
 
-    def scored(candidate, context):
-        return lambda embeds: objective(candidate._replace(embeds=embeds), *context)
-
-    def permuted(key, candidate, context, *, shared):
-        args = (scored(candidate, context), candidate.embeds, context[3].free)
-        embeds = starts.permuted(key, *args, shared=shared, **sizes(config.permutations))
-        return candidate._replace(embeds=embeds)
-
-    def drawn(key, candidate, context):
+    def choose(keys, candidates, ids, fresh, i, shared):
+        context = shared.trainable, shared.frozen, at(shared.observed, i), at(shared.known, i)
         table, known = word_table(model, *context[:2]), context[3]
-        draw_key, order_key = jax.random.split(key)
-        args = (scored(candidate, context), table[known.ids], known.ids >= 0, jnp.linalg.norm(table, axis=1).mean())
-        embeds = starts.gaussian(draw_key, *args, **sizes(config.candidates))
-        return permuted(order_key, candidate._replace(embeds=embeds), context, shared=True)
+        norm = jnp.linalg.norm(table, axis=1).mean()
+        held = starts.Known(table[known.ids], known.ids >= 0, known.free, norm)
 
-    def mine(i, shared):
-        return shared.trainable, shared.frozen, at(shared.observed, i), at(shared.known, i)
+        def one(pair):
+            key, candidate = pair
+            score = lambda embeds: objective(candidate._replace(embeds=embeds), *context)  # noqa: E731
+            return candidate._replace(embeds=starts.choose(key, score, held, table[ids[i]], fresh=fresh, **sizes))
 
-    def first(keys, candidates, i, shared):
-        context = mine(i, shared)
-        chosen = jax.lax.map(lambda pair: drawn(*pair, context), (keys[i], at(candidates, i)))
-        return jax.tree.map(lambda leaf: leaf[None], chosen)
-
-    def again(keys, candidates, ids, i, shared):
-        context = mine(i, shared)
-        embeds = word_table(model, *context[:2])[ids[i]]
-        one = lambda pair: permuted(pair[0], pair[1]._replace(embeds=embeds), context, shared=False)  # noqa: E731
         chosen = jax.lax.map(one, (keys[i], at(candidates, i)))
         return jax.tree.map(lambda leaf: leaf[None], chosen)
 
-    return first, again
+    return choose
 
 
 def _descent(search: descent.Descent, together: int | None):

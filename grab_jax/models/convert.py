@@ -127,9 +127,14 @@ def read_params(folder: Path, model: Any, key: Key[Array, ""]) -> tuple[Params, 
     unused = sorted(name for name in raw if name not in heads and not _BUFFERS.search(name))
     missing = sorted(names[path] for path in absent if path not in new)
     _refuse(folder, missing=missing, unused=unused, misshapen=misshapen)
-    initial = {"/".join(path): value for path, value in flatten_dict(model.init(key)).items()} if new else {}
+    initial = jax.jit(lambda key: _chosen(model.init(key), new))(key)  # compiled: what is not asked for is not drawn
     params = {path: jnp.asarray(found[path] if path in found else initial[path], jnp.float32) for path in names}
     return unflatten_dict({tuple(p.split("/")): v for p, v in params.items()}), _notes(names, new, heads)
+
+
+def _chosen(params: Params, paths: list[str]) -> dict[str, jax.Array]:
+    flat = {"/".join(path): value for path, value in flatten_dict(params).items()}
+    return {path: flat[path] for path in paths}
 
 
 def _notes(names: Mapping[str, str], new: list[str], heads: list[str]) -> list[str]:

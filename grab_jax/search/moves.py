@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
 
-def permutation(key: Key[Array, ""], free: Bool[Array, "b t"], *, shared: bool) -> Int[Array, "b t"]:
+def permutation(key: Key[Array, ""], free: Bool[Array, "b t"], *, shared: bool | Bool[Array, ""]) -> Int[Array, "b t"]:
     """Source position of every position under a random permutation of each row's free positions.
 
     `rows[j, source[j]]` is the permuted row j. Positions that are not free map to themselves. With `shared=True`
@@ -15,8 +15,8 @@ def permutation(key: Key[Array, ""], free: Bool[Array, "b t"], *, shared: bool) 
     draws its own.
     """
     batch, length = free.shape
-    draws = jax.random.uniform(key, (1 if shared else batch, length))
-    order = jnp.argsort(jnp.where(free, jnp.broadcast_to(draws, free.shape), 2.0), axis=1)
+    draws = jax.random.uniform(key, (batch, length))
+    order = jnp.argsort(jnp.where(free, jnp.where(shared, draws[:1], draws), 2.0), axis=1)
     rank = jnp.cumsum(free, axis=1) - 1
     return jnp.where(free, jnp.take_along_axis(order, rank, axis=1), jnp.arange(length)[None])
 

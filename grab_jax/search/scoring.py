@@ -13,35 +13,38 @@ from jaxtyping import Array, Float, Int, Key
 Tokens = Int[np.ndarray, "n b t"]
 Score = Callable[[Tokens], Float[np.ndarray, " n"]]
 
+NOTHING = -1
+"""A count of proposals with which `best_of` returns the start unscored."""
+
 
 def best_of(
     key: Key[Array, ""],
     propose: Callable[[Key[Array, ""]], Any],
     score: Callable[[Any], Float[Array, ""]],
-    count: int,
+    count: int | Int[Array, ""],
     chunk: int,
     *,
     start: Any,
 ) -> tuple[Any, Float[Array, ""]]:
     """The lowest-scoring of `start` and `count` random proposals, scored `chunk` at a time (vmapped) under jit.
 
-    Proposal i depends on `key` and i only, so the chunk size changes memory, never the result. NaN scores lose.
+    Proposal i depends on `key` and i only, so the chunk size changes memory, never the result. NaN scores lose; `count`
+    may be traced.
     """
-    chunks = -(-count // chunk)
 
-    def one(carry, index):
-        numbers = index * chunk + jnp.arange(chunk)
-        proposals = jax.vmap(lambda i: propose(jax.random.fold_in(key, i)))(numbers)
+    def one(index, carry):
+        numbers = index * chunk + jnp.arange(chunk) - 1  # the start goes along as number -1: one copy of `score`
+        drawn = jax.vmap(lambda i: propose(jax.random.fold_in(key, jnp.maximum(i, 0))))(numbers)
+        proposals = jax.tree.map(lambda new, old: new.at[0].set(jnp.where(index == 0, old, new[0])), drawn, start)
         scores = jax.vmap(score)(proposals)
         scores = jnp.where(jnp.isnan(scores) | (numbers >= count), jnp.inf, scores)
         winner = jnp.argmin(scores)
         better = scores[winner] < carry[1]
         pick = jax.tree.map(lambda new, old: jnp.where(better, new[winner], old), proposals, carry[0])
-        return (pick, jnp.minimum(scores[winner], carry[1])), None
+        return pick, jnp.minimum(scores[winner], carry[1])
 
-    first = score(start)
-    first = jnp.where(jnp.isnan(first), jnp.inf, first)
-    return jax.lax.scan(one, (start, first), jnp.arange(chunks))[0]
+    chunks = (count + 1 + chunk - 1) // chunk
+    return jax.lax.fori_loop(0, chunks, one, (start, jnp.inf))
 
 
 def chunked(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,39 +14,57 @@ from grab_jax.search import moves, scoring
 Score = Callable[[Float[Array, "b t d"]], Float[Array, ""]]
 
 
-def gaussian(
+class Known(NamedTuple):
+    """What every start respects: `anchors` at the `anchored` positions, only `free` ones move, all of `norm`."""
+
+    anchors: Float[Array, "b t d"]
+    anchored: Bool[Array, "b t"]
+    free: Bool[Array, "b t"]
+    norm: Float[Array, ""]
+
+
+def choose(
     key: Key[Array, ""],
     score: Score,
-    anchors: Float[Array, "b t d"],
-    anchored: Bool[Array, "b t"],
-    norm: Float[Array, ""],
-    *,
-    count: int,
-    chunk: int,
-) -> Float[Array, "b t d"]:
-    """The best of `1 + count` draws of N(0, 1) embeddings (Grab, section 4.2).
-
-    Positions in `anchored` hold `anchors`; then every vector is rescaled to `norm`, the mean norm of the vocabulary.
-    """
-
-    def draw(key):
-        embeds = jnp.where(anchored[..., None], anchors, jax.random.normal(key, anchors.shape))
-        return embeds * norm / jnp.linalg.norm(embeds, axis=-1, keepdims=True)
-
-    one_key, many_key = jax.random.split(key)
-    return scoring.best_of(many_key, draw, score, count, chunk, start=draw(one_key))[0]
-
-
-def permuted(
-    key: Key[Array, ""],
-    score: Score,
+    known: Known,
     embeds: Float[Array, "b t d"],
-    free: Bool[Array, "b t"],
     *,
-    shared: bool,
-    count: int,
+    fresh: Bool[Array, ""] | bool,
+    candidates: int,
+    permutations: int,
     chunk: int,
 ) -> Float[Array, "b t d"]:
-    """The best of `embeds` and `count` rearrangements of its free positions, one order for all rows if `shared`."""
-    propose = lambda key: moves.rearrange(embeds, moves.permutation(key, free, shared=shared))  # noqa: E731
-    return scoring.best_of(key, propose, score, count, chunk, start=embeds)[0]
+    """The embeddings a search begins with (Grab, section 4.2), in one loop whatever `fresh` is.
+
+    If `fresh`, the best of `1 + candidates` draws of N(0, 1), rescaled to the mean norm of the vocabulary, and then of
+    it and `permutations` rearrangements of its free positions, one order for all rows. Otherwise the best of `embeds`
+    and `permutations` rearrangements of it, an order for each row.
+    """
+    fresh = jnp.asarray(fresh)
+    draw_key, order_key = jax.random.split(key)
+    one_key, many_key = jax.random.split(draw_key)
+    many, order, same = (jax.random.key_data(k) for k in (many_key, order_key, key))
+    stage_keys = jax.random.wrap_key_data(
+        jnp.stack([many, jnp.where(fresh, order, same)]), impl=jax.random.key_impl(key)
+    )
+    counts = jnp.stack([jnp.where(fresh, candidates, scoring.NOTHING), permutations])
+
+    def stage(embeds, now):
+        key, count, drawing = now
+
+        def propose(key):
+            return jax.lax.cond(drawing, _drawn, _permuted, key, known, embeds, fresh)
+
+        return scoring.best_of(key, propose, score, count, chunk, start=embeds)[0], None
+
+    begin = jnp.where(fresh, _drawn(one_key, known), embeds)
+    return jax.lax.scan(stage, begin, (stage_keys, counts, jnp.array([True, False])))[0]
+
+
+def _drawn(key, known: Known, *_):
+    embeds = jnp.where(known.anchored[..., None], known.anchors, jax.random.normal(key, known.anchors.shape))
+    return embeds * known.norm / jnp.linalg.norm(embeds, axis=-1, keepdims=True)
+
+
+def _permuted(key, known: Known, embeds, shared):
+    return moves.rearrange(embeds, moves.permutation(key, known.free, shared=shared))
