@@ -1,5 +1,6 @@
 """The paths of the matching engine agree: factored, blocked and dense, for every distance, family, view and tuning."""
 
+import itertools
 import re
 
 import jax
@@ -35,17 +36,19 @@ def viewed(view, observed, rows):
     return observed if view == "not factored" else views.seen([observed], rows, layers=layers)[0]
 
 
-@pytest.fixture(params=["bert", "roberta", "gpt2"])
-def family(request):
-    layers = {"n_layer": 1} if request.param == "gpt2" else {"num_hidden_layers": 1}
-    return models.build(goldens.config(request.param, **layers))
+SOON = {("bert", "embeddings", "thin"), ("gpt2", "none", "wide")}
+"""Cases of the ordinary suite; the others take minutes together."""
+CASES = [
+    pytest.param(*case, marks=() if case in SOON else pytest.mark.long)
+    for case in itertools.product(("bert", "roberta", "gpt2"), ("embeddings", "none"), SIZES)
+]
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("frozen", ["embeddings", "none"])
+@pytest.mark.parametrize(("family", "frozen", "size"), CASES)
 def test_factored_blocked_and_dense_paths_agree(family, frozen, size):
-    model, (b, t) = family, SIZES[size]
+    layers = {"n_layer": 1} if family == "gpt2" else {"num_hidden_layers": 1}
+    model, (b, t) = models.build(goldens.config(family, **layers)), SIZES[size]
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(lambda v: jnp.asarray(rng.normal(scale=0.3, size=v.shape), jnp.float32), shapes)
@@ -227,9 +230,9 @@ def test_blocks_of_any_size_give_the_matrix(monkeypatch, target, block):
 def test_no_gradient_of_a_kernel_is_formed_in_a_step():
     """The program of a cosine step against a factored update forms no product as large as a weight."""
     model = models.build(goldens.config("bert", num_hidden_layers=1, hidden_size=64, intermediate_size=128))
-    trainable, held = tuning.split(model.init(jax.random.key(0)), tuning.freezes(model, "embeddings"))
+    trainable, held = tuning.split(jax.jit(model.init)(jax.random.key(0)), tuning.freezes(model, "embeddings"))
     ids, attention, labels = jnp.array([[5, 6, 7]]), jnp.ones((1, 3), bool), jnp.eye(3)[:1]
-    (seen,) = views.factored([client.fedsgd(model)(trainable, held, ids, attention, labels)], 3)
+    (seen,) = views.factored([jax.jit(client.fedsgd(model))(trainable, held, ids, attention, labels)], 3)
     simulate = client.fedsgd(model, factored=True)
     step = jax.grad(lambda e: distances.cosine(simulate(trainable, held, e, attention, labels), seen))
     made = [
@@ -246,7 +249,7 @@ def test_no_gradient_of_a_kernel_is_formed_in_a_step():
 def test_precision_is_that_of_the_models_products_only(precision):
     """Those of the second order too; the distance's own follow the process."""
     model = models.build(goldens.config("bert", num_hidden_layers=1))
-    trainable, held = tuning.split(model.init(jax.random.key(0)), tuning.freezes(model, "embeddings"))
+    trainable, held = tuning.split(jax.jit(model.init)(jax.random.key(0)), tuning.freezes(model, "embeddings"))
     attention, labels = jnp.ones((1, 3), bool), jnp.eye(3)[:1]
     simulate = matching.simulation(model, precision)
     value = lambda e: distances.cosine(simulate(trainable, held, e, attention, labels, None), trainable)  # noqa: E731
