@@ -11,7 +11,7 @@ export OPENBLAS_NUM_THREADS := 1
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/installed  ## attack four bundled sentences, offline, by matching and by span decoding: one report shows both
