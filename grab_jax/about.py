@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from grab_jax.attacks import ATTACKS
 from grab_jax.config import Config, identity
 
 RESULT_CODE = (
@@ -43,6 +44,7 @@ def about(config: Config, model: Any, parameters: int, notes: list[str], ids: li
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "setting": _setting(config, model),
         "assumptions": _assumptions(config, model),
+        "needs": ATTACKS[config.attack.name].NEEDS._asdict(),
         "notes": notes,
         "ids": ids,
         "flags_file": "flags.txt",

@@ -102,7 +102,10 @@ class AttackConfig:
     """The attack. Defaults are those of Grab (CCS 2024); span decoding has no settings."""
 
     name: Literal["grab", "span"] = setting(
-        "grab", "grab: gradient matching with learned dropout masks; span: exact decoding of the first layer's gradient"
+        "grab",
+        "grab: gradient matching with learned dropout masks; span: exact decoding of the first layer's gradient; "
+        "several, separated by commas, run one after another and are compared on one page; auto: what the problem "
+        "allows, the strongest evidence first",
     )
     init: Literal["none", "span"] = setting(
         "none",
@@ -182,7 +185,14 @@ class ReportConfig:
     """How results are shown."""
 
     redact: bool = setting(True, "hide names, numbers and mail addresses in report.html and on the terminal")
-    beside: str | None = setting(None, "folder of another run on the same sentences, shown beside this one")
+    beside: str | None = setting(
+        None, "folders of other runs on the same sentences, comma-separated, shown beside this one"
+    )
+
+    @property
+    def others(self) -> list[str]:
+        """The folders of `beside`."""
+        return [folder for folder in (self.beside or "").split(",") if folder]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,12 @@ from typing import Any, Literal
 
 from absl import flags
 
-from grab_jax.config import Config
+from grab_jax.config import AttackConfig, Config
 from grab_jax.types import InputError
+
+ATTACK = ("attack", "name")
+"""The one setting that takes several values, separated by commas: a run for each."""
+AUTO = "auto"
 
 
 class Leaf(typing.NamedTuple):
@@ -44,6 +48,9 @@ def define(config: Config, values: flags.FlagValues = flags.FLAGS) -> None:
 
 def _define(leaf: Leaf, values: flags.FlagValues) -> None:
     kind = _bare(leaf.kind)
+    if leaf.path == ATTACK:
+        flags.DEFINE_list(leaf.flag, [leaf.default], leaf.text, flag_values=values)
+        return
     if typing.get_origin(kind) is Literal:
         flags.DEFINE_enum(leaf.flag, leaf.default, typing.get_args(kind), leaf.text, flag_values=values)
         return
@@ -58,13 +65,31 @@ def _bare(kind: Any) -> Any:
     return kind
 
 
-def parsed(values: flags.FlagValues = flags.FLAGS) -> Config:
-    """The config that the parsed flags describe.
+def attacks(values: flags.FlagValues = flags.FLAGS) -> tuple[str, ...]:
+    """The attacks named by `--attack`, each once, in order; `("auto",)` where the choice is left to the program.
+
+    Raises:
+      InputError: a name that is no attack, none at all, or `auto` among others.
+    """
+    named = tuple(dict.fromkeys(name.strip() for name in values["attack"].value))
+    known = typing.get_args(typing.get_type_hints(AttackConfig)["name"])
+    unknown = [name for name in named if name not in (*known, AUTO)]
+    if unknown or not named or (AUTO in named and len(named) > 1):
+        raise InputError(
+            f"--attack={','.join(named)} is not understood; give one of {', '.join(known)}, several of them separated "
+            f"by commas, or {AUTO} alone"
+        )
+    return named
+
+
+def parsed(values: flags.FlagValues = flags.FLAGS, *, attack: str | None = None) -> Config:
+    """The config that the parsed flags describe, for one attack: `attack`, by default the first one named.
 
     Raises:
       InputError: a value out of range (one sentence, names the flag).
     """
-    return build({leaf.path: values[leaf.flag].value for leaf in leaves(Config())})
+    found = {leaf.path: values[leaf.flag].value for leaf in leaves(Config())}
+    return build(found | {ATTACK: attack or attacks(values)[0]})
 
 
 def build(values: dict[tuple[str, ...], Any]) -> Config:

@@ -15,11 +15,13 @@ from grab_jax.config import Config, identity
 from grab_jax.types import InputError
 
 
-def default_folder(config: Config) -> Path:
-    """`runs/<attack>-<model>-<data>-<hash of the settings>`."""
+def default_folder(config: Config, attack: str | None = None) -> Path:
+    """`runs/<attack>-<model>-<data>-<hash of the settings>`; `attack` stands in for the config's."""
     short = lambda name: Path(name.replace(":", "-")).stem or "x"  # noqa: E731
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
-    return Path("runs") / f"{config.attack.name}-{short(config.model.name)}-{short(config.data.name)}-{digest}"
+    return (
+        Path("runs") / f"{attack or config.attack.name}-{short(config.model.name)}-{short(config.data.name)}-{digest}"
+    )
 
 
 def open_folder(config: Config, about: Callable[[], dict[str, Any]]) -> Path:

@@ -13,7 +13,7 @@ import jax
 from absl import app, logging
 from absl import flags as absl_flags
 
-from grab_jax import dry_run, flags, interrupts, run
+from grab_jax import comparison, dry_run, flags, interrupts, run
 from grab_jax.config import Config
 from grab_jax.types import InputError
 
@@ -27,19 +27,26 @@ def main(argv: list[str]) -> int:
     interrupts.install()
     logging.set_verbosity(logging.WARNING)  # orbax tells a page per save
     try:
-        config = flags.parsed()
-        if config.mode == "report":
-            print(run.rebuild(config))
-        elif config.dry_run:
-            print(dry_run.describe(config))
-        else:
-            run.run(config)
+        _start(flags.attacks())
     except InputError as error:
         return refuse(str(error))
     except KeyboardInterrupt:
         print("\ninterrupted; nothing finished is lost: the same command continues here", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _start(attacks: tuple[str, ...]) -> None:
+    if len(attacks) > 1 or attacks == (flags.AUTO,):
+        comparison.start(attacks, lambda name: flags.parsed(attack=name))
+        return
+    config = flags.parsed()
+    if config.mode == "report":
+        print(comparison.rebuild(config) if comparison.is_folder(config) else run.rebuild(config))
+    elif config.dry_run:
+        print(dry_run.describe(config))
+    else:
+        run.run(config)
 
 
 def refuse(sentence: str) -> int:

@@ -35,11 +35,19 @@ MAX_TOKENS = 36_000  # tokens shown at most: keeps the page below 5 MB
 METRICS = {"rougeL": "ROUGE-L", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "token_accuracy": "Tokens in place"}
 
 
-def render(run_dir: str | os.PathLike[str], beside: str | os.PathLike[str] | None = None) -> Path:
+def render(
+    run_dir: str | os.PathLike[str],
+    beside: Sequence[str | os.PathLike[str]] = (),
+    *,
+    page: Path | None = None,
+    skipped: Mapping[str, str] | None = None,
+) -> Path:
     """Rebuild `report.html` from the run folder (owner-only, replaced at once) and return its path.
 
     Args:
-      beside: folder of another run on the same sentences, whose reconstructions are shown under this run's.
+      beside: folders of other runs on the same sentences, whose reconstructions are shown under this run's.
+      page: where to write instead.
+      skipped: attacks that were not run, and why.
 
     Raises:
       InputError: a folder has no results, one of its files is damaged, or the runs have no sentence in common.
@@ -50,13 +58,14 @@ def render(run_dir: str | os.PathLike[str], beside: str | os.PathLike[str] | Non
     hide = advice.settings(run).get("report_redact") is not False
     # Scores of a run in which nothing could be tested would read as a protected client.
     tested = any(evidence.tested(record) for record in attacked)
-    other = None if beside is None else beside_run(*read(Path(beside), "--report_beside"), attacked, redact=hide)
-    cards = _cards(attacked, private(attacked) if hide else None, other) if tested else []
+    others = [beside_run(*read(Path(one), "--report_beside"), attacked, redact=hide) for one in beside]
+    cards = _cards(attacked, private(attacked) if hide else None, others) if tested else []
     found = summary.summarise(records, run)
-    page = _template().render(
+    text = _template().render(
         run=run,
         summary=found,
-        attacks=[] if other is None else [beside_row(found), beside_row(other.summary)],
+        attacks=[beside_row(one) for one in (found, *(other.summary for other in others))] if others or skipped else [],
+        skipped=skipped or {},
         glance=_glance(attacked, records) if tested else [],
         labels=_labels(attacked),
         cards=cards,
@@ -76,7 +85,7 @@ def render(run_dir: str | os.PathLike[str], beside: str | os.PathLike[str] | Non
         notes=_notes(run, attacked),
         n_control=len(records) - len(attacked),
     )
-    return _write(folder / "report.html", page)
+    return _write(page or folder / "report.html", text)
 
 
 # --- reading and writing a run folder ---------------------------------------------------------------------
@@ -163,11 +172,11 @@ def _glance(attacked: Sequence[Record], records: Sequence[Record]) -> list[dict[
     ]
 
 
-def _cards(attacked: Sequence[Record], hide: Private | None, other: Beside | None) -> list[dict[str, Any]]:
+def _cards(attacked: Sequence[Record], hide: Private | None, others: Sequence[Beside]) -> list[dict[str, Any]]:
     """One entry per sentence, the most leaked first, as many as the page can hold."""
     # One wrong certificate leaves the others a claim, not a proof.
     word = "certified" if evidence.counts(attacked)["certified_wrong"] else "proven"
-    cards = [card for record in attacked for card in _batch_cards(record, hide, word, other)]
+    cards = [card for record in attacked for card in _batch_cards(record, hide, word, others)]
     cards.sort(key=lambda card: -1.0 if card["score"] is None else -card["score"]["rougeL"])
     total, kept = 0, []
     for card in cards:
@@ -178,7 +187,7 @@ def _cards(attacked: Sequence[Record], hide: Private | None, other: Beside | Non
     return kept
 
 
-def _batch_cards(record: Record, hide: Private | None, word: str, other: Beside | None) -> list[dict[str, Any]]:
+def _batch_cards(record: Record, hide: Private | None, word: str, others: Sequence[Beside]) -> list[dict[str, Any]]:
     """Truth against reconstruction; where no truth is known, the reconstructions alone."""
     guesses, proofs = record["predictions"], _proofs(record, word)
     if not record["sentences"]:
@@ -197,16 +206,18 @@ def _batch_cards(record: Record, hide: Private | None, word: str, other: Beside 
             "proof": "" if line.score["prediction"] is None else proofs[line.score["prediction"]],
             "truth": _tokens(line.truth),
             "found": [] if line.found is None else _tokens(line.found, guesses[line.score["prediction"]]),
-            "beside": _beside(other, record["sentences"][line.score["sentence"]]["tokens"]),
+            "beside": _beside(others, record["sentences"][line.score["sentence"]]["tokens"]),
         }
         for line in highlight(record, hide)
     ]
 
 
-def _beside(other: Beside | None, tokens: Sequence[str]) -> dict[str, Any] | None:
-    """What another run made of a sentence."""
-    line = None if other is None else other.take(tokens)
-    return None if line is None else {"attack": other.attack, "found": _tokens(line.found or []), "score": line.score}
+def _beside(others: Sequence[Beside], tokens: Sequence[str]) -> list[dict[str, Any]]:
+    """What the other runs made of a sentence; those that did not attack it are left out."""
+    lines = [(other.attack, other.take(tokens)) for other in others]
+    return [
+        {"attack": attack, "found": _tokens(line.found or []), "score": line.score} for attack, line in lines if line
+    ]
 
 
 def _proofs(record: Record, word: str) -> list[str]:

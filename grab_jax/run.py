@@ -63,14 +63,16 @@ def run(config: Config) -> Path:
       InputError: bad input, in one sentence; results already written stay.
     """
     os.umask(0o077)
-    if config.report.beside is not None:
-        report.read(Path(config.report.beside), "--report_beside")  # better refused now than after the attack
+    for other in config.report.others:
+        report.read(Path(other), "--report_beside")  # better refused now than after the attack
     session = prepare(config)
     size = sum(int(v.size) for v in [*session.trainable.values(), *session.frozen.values()])
     describe_run = lambda: about.about(config, session.loaded.model, size, session.notes, session.ids)  # noqa: E731
     folder = folders.open_folder(config, describe_run)
+    folders.finished(folder)  # damaged results are refused before anything is said
     display = Display(config.run.progress, folder / "log.txt")
     try:
+        display.say(f"{config.attack.name} must be told: {ATTACKS[config.attack.name].NEEDS.sentence()}")
         for note in session.notes:
             display.say(f"note: {note}")
         for group in session.plan.groups:
@@ -93,7 +95,7 @@ def rebuild(config: Config) -> Path:
     folder = Path(config.run.dir)
     described, records = report.read(folder)
     folders.write_json(folder / "summary.json", summary.summarise(records, described))
-    return report.render(folder, config.report.beside)
+    return report.render(folder, config.report.others)
 
 
 def prepare(config: Config) -> Session:
@@ -245,4 +247,4 @@ def finish(folder: Path, session: Session) -> Path:
     described = json.loads((folder / "run.json").read_text())
     folders.write_json(folder / "summary.json", summary.summarise(records, described))
     chart.save_curves(folder, records)
-    return report.render(folder, session.config.report.beside)
+    return report.render(folder, session.config.report.others)

@@ -81,11 +81,12 @@ def every():
 
 
 def config(args):
-    """The config of a command line's flags."""
+    """Check a command line's flags: every attack it names takes them."""
     values = absl_flags.FlagValues()
     flags.define(Config(), values)
     assert values(["grab_jax", *args]) == ["grab_jax"], "an argument that is no flag"
-    return flags.parsed(values)
+    for name in flags.attacks(values):
+        flags.parsed(values, attack="span" if name == flags.AUTO else name)
 
 
 @cache

@@ -438,7 +438,7 @@ def two(tmp_path):
 def test_another_run_is_shown_under_each_sentence_and_in_a_table(two):
     own = [span(), span(1, truths=["a dog ran"])]
     own_folder, other = two(own, [record(founds=["cat mat rug"]), record(1, truths=["it rained"], founds=["it"])])
-    text = shown(report.render(own_folder, other).read_text().replace("<", " <"))
+    text = shown(report.render(own_folder, [other]).read_text().replace("<", " <"))
     assert "Side by side" in text
     assert "Attack word for word proven" in text
     assert "span 2 of 2 2 100.0 100.0 100.0" in text
@@ -453,7 +453,7 @@ def test_private_words_of_another_run_are_hidden_too(two):
     own_record = json.loads((own / "results.jsonl").read_text())
     own_record["sentences"][0]["tokens"] = SECRET["sentences"][0]["tokens"]
     (own / "results.jsonl").write_text(json.dumps(own_record))
-    text = shown(report.render(own, other).read_text())
+    text = shown(report.render(own, [other]).read_text())
     assert "Side by side" in text
     for word in ("lopez", "maria", "1984", "clinic"):
         assert word not in text.lower(), word
@@ -462,10 +462,10 @@ def test_private_words_of_another_run_are_hidden_too(two):
 def test_a_run_on_other_sentences_is_refused(two):
     own, other = two([span()], [record(truths=["it rained"], founds=["it"])])
     with pytest.raises(InputError, match="other sentences"):
-        report.render(own, other)
+        report.render(own, [other])
 
 
 def test_a_missing_folder_is_named_with_its_flag(two, tmp_path):
     own, _ = two([span()], [record()])
     with pytest.raises(InputError, match="--report_beside"):
-        report.render(own, tmp_path / "nowhere")
+        report.render(own, [tmp_path / "nowhere"])

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -19,14 +20,16 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from absl import flags as absl_flags
 from goldens import golden as goldens
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 from test_flags import parse
 from words import SPECIAL, VOCABULARY, save_tokenizer
 
-from grab_jax import dry_run, main, models, run
-from grab_jax.types import Batch
+from grab_jax import comparison, dry_run, flags, main, models, run
+from grab_jax.config import Config
+from grab_jax.types import Batch, InputError
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["the old cat sat.", "a big dog ran on", "the red hat, a mat", "dogs saw the man"]
@@ -384,7 +387,9 @@ def refuse(monkeypatch, capfd):
     """The one line that the program says about these arguments."""
 
     def ask(*args):
-        monkeypatch.setattr(main, "flags", SimpleNamespace(parsed=lambda: parse(*args)))
+        monkeypatch.setattr(
+            main, "flags", SimpleNamespace(parsed=lambda: parse(*args), attacks=lambda: ("grab",), AUTO="auto")
+        )
         assert main.main(["grab_jax"]) == 2
         said = capfd.readouterr().err
         assert said.startswith("grab_jax: ")
@@ -505,7 +510,7 @@ def test_interrupt_in_words(monkeypatch, capfd):
     def stopped(_config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "flags", SimpleNamespace(parsed=parse))
+    monkeypatch.setattr(main, "flags", SimpleNamespace(parsed=parse, attacks=lambda: ("grab",), AUTO="auto"))
     monkeypatch.setattr(run, "run", stopped)
     assert main.main(["grab_jax"]) == 130
     assert "the same command continues" in capfd.readouterr().err
@@ -532,3 +537,90 @@ def test_refused_on_the_command_line(args, part):
     assert errors.startswith("grab_jax: ")
     assert len(errors.splitlines()) == 1, errors
     assert part in errors
+
+
+# --- several attacks -----------------------------------------------------------------------------------------
+
+
+def several(*args):
+    """Run several attacks in this process; returns what was said."""
+    values = absl_flags.FlagValues()
+    flags.define(Config(), values)
+    values(["grab_jax", *map(str, args)])
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        comparison.start(flags.attacks(values), lambda name: flags.parsed(values, attack=name))
+    return said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def compared(small, tmp_path_factory):
+    """Grab and span decoding of the same batches (too small a model for a proof), and what was said."""
+    folder = tmp_path_factory.mktemp("runs") / "several"
+    return folder, several(*small, "--client_dropout=0", "--attack=grab,span", f"--run_dir={folder}")
+
+
+def test_several_attacks_are_compared_on_one_page(compared):
+    folder, said = compared
+    assert {path.name for path in folder.iterdir()} == {"grab", "span", "comparison.json", "report.html"}
+    assert said.index("grab must be told: labels: told") < said.index("span must be told: labels: no")
+    page = re.sub(r"<[^>]*>", " ", (folder / "report.html").read_text())
+    assert "Side by side" in page
+    assert re.search(r"grab\s+\d of 2", page)
+    assert re.search(r"span\s+\d of 2", page)
+    assert [r["id"] for r in records(folder / "grab")] != [r["id"] for r in records(folder / "span")]
+    assert [r["sentences"] for r in records(folder / "grab")] == [r["sentences"] for r in records(folder / "span")]
+    for path in [folder, *folder.rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+
+
+def test_a_comparison_goes_on_and_its_pages_can_be_made_again(compared, small):
+    folder, _ = compared
+    args = [*small, "--client_dropout=0", "--attack=grab,span", f"--run_dir={folder}"]
+    before = {name: records(folder / name) for name in ("grab", "span")}
+    assert several(*args).count("already done") == 3  # grab attacks both batches together
+    (folder / "report.html").unlink()
+    several(f"--run_dir={folder}", "--mode=report", "--attack=grab,span")
+    assert "Side by side" in (folder / "report.html").read_text()
+    assert {name: records(folder / name) for name in ("grab", "span")} == before
+
+
+@pytest.mark.parametrize(
+    ("args", "chosen", "skipped"),
+    [
+        ((), [("span", "none"), ("grab", "span")], {}),
+        (("--noknown_rate",), [("span", "none")], {"grab": "--noknown_rate needs"}),
+        (("--model_task=causal_lm",), [("span", "none")], {"grab": "--attack=grab needs"}),
+    ],
+)
+def test_auto_takes_what_the_settings_allow_the_strongest_first(args, chosen, skipped):
+    values = absl_flags.FlagValues()
+    flags.define(Config(), values)
+    values(["grab_jax", "--attack=auto", *args])
+    found, left = comparison.allowed(lambda name: flags.parsed(values, attack=name))
+    assert [(config.attack.name, config.attack.init) for config in found] == chosen
+    assert left.keys() == skipped.keys()
+    assert all(left[name].startswith(reason) for name, reason in skipped.items())
+
+
+def test_auto_stops_where_every_sentence_is_proven(compared, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "_all_proven", lambda folder: folder.name == "span")
+    said = several(*small, "--client_dropout=0", "--attack=auto", f"--run_dir={tmp_path / 'auto'}")
+    assert "attack grab not run: span proved every sentence" in said
+    page = re.sub(r"<[^>]*>", " ", (tmp_path / "auto" / "report.html").read_text())
+    assert re.search(r"grab\s+not run: span proved every sentence", page)
+    assert not (tmp_path / "auto" / "grab").exists()
+
+
+@pytest.mark.parametrize("named", ["grabb", "grab,auto", "span,,grab", ""])
+def test_attacks_that_do_not_exist_are_named(named):
+    values = absl_flags.FlagValues()
+    flags.define(Config(), values)
+    values(["grab_jax", f"--attack={named}"])
+    with pytest.raises(InputError, match=re.escape(f"--attack={named} is not understood")):
+        flags.attacks(values)
+
+
+def test_several_attacks_take_no_folder_of_a_single_one(copied, small):
+    with pytest.raises(InputError, match="the folder of a single attack"):
+        several(*small, "--attack=grab,span", f"--run_dir={copied}")

@@ -22,9 +22,19 @@ from jaxtyping import Array, Key
 
 from grab_jax import masks
 from grab_jax.attacks import discrete, handover, programs
+from grab_jax.attacks.needs import Needs
 from grab_jax.attacks.state import CONTINUOUS, DISCRETE, SELECT, Job, OnSegment, State, progress, round_keys, tokens_of
 from grab_jax.config import AttackConfig
 from grab_jax.types import Candidate, Problem, Result
+
+NEEDS = Needs(
+    labels="told, else searched",
+    lengths="told, else the longest of the batch",
+    batch_size="yes",
+    dropout="its rate and sites; the masks are searched",
+    embedding_gradient="no",
+    auxiliary_data="no",
+)
 
 SEGMENT = 50
 """Continuous steps between two visits of the host (progress, checkpoint)."""
