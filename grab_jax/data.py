@@ -245,4 +245,10 @@ def decode(tokenizer: Any, ids: Sequence[int] | Int[np.ndarray, " t"]) -> tuple[
     special = set(tokenizer.all_special_ids)
     kept = [i for i in row if i not in special]
     tokens = [token or f"<{i}>" for i, token in zip(kept, tokenizer.convert_ids_to_tokens(kept), strict=True)]
-    return tokenizer.decode(kept, clean_up_tokenization_spaces=True).strip(), tokens
+    return tokenizer.decode(kept, clean_up_tokenization_spaces=not _keeps_spaces(tokenizer)).strip(), tokens
+
+
+def _keeps_spaces(tokenizer: Any) -> bool:
+    """Whether spaces are part of the tokens (BPE), so that those before punctuation are the text's own."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and type(backend.model).__name__ == "BPE"

@@ -7,7 +7,6 @@ search took over what was not found (`attacks.handover`), the record has a `trac
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,16 +32,47 @@ def proven(record: Record) -> list[bool]:
     return (said + [False] * count)[:count]
 
 
+def open_ends(record: Record) -> list[str | None]:
+    """What is said of each prediction's last token: None (nothing special), `proven`, `likely` or `unknown`.
+
+    Under a next-token loss (`open_end`) a certificate does not hold for that token, unless it says so.
+    """
+    found = of(record)
+    default = "unknown" if found.get("open_end") else None
+    said = [sentence.get("last", default) for sentence in found.get("sentences") or []]
+    count = len(record["predictions"])
+    return (said + [None] * count)[:count]
+
+
 def contradicted(record: Record) -> list[bool]:
     """Whether each prediction is proven and yet no true sentence, each of which answers for one prediction."""
-    told = slice(-1) if of(record).get("open_end") else slice(None)  # without the last token, which nothing tells
-    left = Counter(tuple(sentence["tokens"][told]) for sentence in record["sentences"])
-    out = []
-    for sure, prediction in zip(proven(record), record["predictions"], strict=True):
-        tokens = tuple(prediction["tokens"])
-        out.append(bool(record["sentences"]) and sure and not left[tokens])
-        left[tokens] -= sure and left[tokens] > 0
+    told, ends = proven(record), open_ends(record)
+    left = [tuple(sentence["tokens"]) for sentence in record["sentences"]]
+    out = [False] * len(told)
+    # Those with an open end last: they might take a sentence that another names in full.
+    for i in sorted(
+        (i for i, sure in enumerate(told) if sure and left), key=lambda i: ends[i] in ("likely", "unknown")
+    ):
+        tokens = tuple(record["predictions"][i]["tokens"])
+        answer = next((true for true in left if _agrees(tokens, true, ends[i])), None)
+        out[i] = answer is None
+        if answer is not None:
+            left.remove(answer)
     return out
+
+
+def _agrees(tokens: tuple[str, ...], true: tuple[str, ...], end: str | None) -> bool:
+    """Whether what is proven of a prediction's tokens is true."""
+    if end not in ("likely", "unknown"):
+        return tokens == true
+    return (tokens[:-1] if end == "likely" else tokens) == true[:-1]
+
+
+def words(record: Record, word: str = "proven") -> list[str]:
+    """What each prediction's certificate comes to: `word`, the same except its last token, or a warning, or nothing."""
+    open_ = {"likely": f"{word} except its last token", "unknown": f"{word} except its last token"}
+    rows = zip(proven(record), contradicted(record), open_ends(record), strict=True)
+    return ["certificate wrong" if wrong else sure * open_.get(end or "", word) for sure, wrong, end in rows]
 
 
 def counts(attacked: Sequence[Record]) -> dict[str, int | None]:

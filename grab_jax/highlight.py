@@ -47,7 +47,7 @@ def terminal(record: Mapping[str, Any], *, colour: bool, redact: bool = False) -
     for line in highlight(record, private([record]) if redact else None):
         right = sum(mark == "right" for _, mark in line.truth)
         head = f"batch {line.score['batch']}, sentence {line.score['sentence']}: ROUGE-L {line.score['rougeL']:.1f}"
-        sure = ", proven" if line.score["proven"] else ""
+        sure = f", {line.score['proof']}" if line.score["proof"] else ""
         out.append(f"{head}, {right} of {len(line.truth)} tokens in place{sure}")
         out.append(f"  truth {_words(line.truth, colour)}")
         out.append(f"  found {_words(line.found, colour) if line.found else ' (nothing)'}")

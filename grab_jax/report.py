@@ -189,7 +189,7 @@ def _cards(attacked: Sequence[Record], hide: Private | None, others: Sequence[Be
 
 def _batch_cards(record: Record, hide: Private | None, word: str, others: Sequence[Beside]) -> list[dict[str, Any]]:
     """Truth against reconstruction; where no truth is known, the reconstructions alone."""
-    guesses, proofs = record["predictions"], _proofs(record, word)
+    guesses, proofs = record["predictions"], evidence.words(record, word)
     if not record["sentences"]:
         rows = zip(readable(record, hide)[1], guesses, proofs, strict=True)
         return [
@@ -218,12 +218,6 @@ def _beside(others: Sequence[Beside], tokens: Sequence[str]) -> list[dict[str, A
     return [
         {"attack": attack, "found": _tokens(line.found or []), "score": line.score} for attack, line in lines if line
     ]
-
-
-def _proofs(record: Record, word: str) -> list[str]:
-    """What each prediction's certificate comes to: `word`, "certificate wrong", or nothing."""
-    pairs = zip(evidence.proven(record), evidence.contradicted(record), strict=True)
-    return ["certificate wrong" if wrong else word * sure for sure, wrong in pairs]
 
 
 def _tokens(row: Sequence[tuple[Piece, str]], guess: Record | None = None) -> list[tuple]:

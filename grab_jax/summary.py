@@ -154,12 +154,12 @@ def score_batch(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Keys: `batch` and `sentence` (indices), `prediction` (index or None), `tokens` (count), `rouge1`, `rouge2`
     and `rougeL` (one-to-one), `paper` (dict of the three), `exact` (bool), `token_accuracy`, `longest_span`
-    (tokens), `proven` (bool: its prediction is certified, and not against the truth).
+    (tokens), `proof` (what its prediction's certificate comes to, see `evidence.words`), `proven` (bool: all of it).
     """
     sentences, predictions = record["sentences"], record["predictions"]
     references, found = [s["text"] for s in sentences], [p["text"] for p in predictions]
     matched = zip(metrics.match_one_to_one(references, found), metrics.match_paper(references, found), strict=True)
-    rows, proven, wrong = [], evidence.proven(record), evidence.contradicted(record)
+    rows, proofs = [], evidence.words(record)
     for i, (j, paper) in enumerate(matched):
         truth, tokens = sentences[i]["tokens"], [] if j is None else predictions[j]["tokens"]
         rows.append(
@@ -168,7 +168,7 @@ def score_batch(record: Mapping[str, Any]) -> list[dict[str, Any]]:
             | {"paper": paper, "exact": j is not None and metrics.exact_match(truth, tokens)}
             | {"token_accuracy": metrics.token_accuracy(truth, tokens)}
             | {"longest_span": metrics.longest_span(truth, tokens)}
-            | {"proven": j is not None and proven[j] and not wrong[j]}
+            | {"proof": "" if j is None else proofs[j], "proven": j is not None and proofs[j] == "proven"}
         )
     return rows
 

@@ -23,7 +23,7 @@ FAMILIES = tuple(VOCABULARY)
 
 
 @lru_cache
-def random_model(family, rate=0.1, seed=0, layers=2):
+def random_model(family, rate=0.1, seed=0, layers=2, task="classification"):
     """A model and its parameters; of two layers or more, because one leaves most tokens too little gradient."""
     if family == "gpt2":
         last = {name: TOKENS - 1 for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -31,7 +31,7 @@ def random_model(family, rate=0.1, seed=0, layers=2):
     else:
         size = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_hidden_layers": layers}
         size["max_position_embeddings"] = POSITIONS + 2 * (family == "roberta")
-    model = models.build(goldens.config(family, vocab_size=TOKENS, **size), dropout=rate)
+    model = models.build(goldens.config(family, vocab_size=TOKENS, **size), task, dropout=rate)
     return model, random_params(model, seed)
 
 
@@ -54,12 +54,14 @@ def sentence(family, rng, words):
     return inner if vocabulary.cls is None else (vocabulary.cls, *inner, vocabulary.sep)
 
 
-def client(family, sentences, *, rate=0.1, dropout=True, seed=0, layers=2, **known):
+def client(
+    family, sentences, *, rate=0.1, dropout=True, seed=0, layers=2, task="classification", frozen="embeddings", **known
+):
     """The simulated client of sentences of token ids, padded to the same 8 positions each time.
 
     `known` is what `KnownConfig` takes.
     """
-    model, params = random_model(family, rate, layers=layers)
+    model, params = random_model(family, rate, layers=layers, task=task)
     vocabulary, lengths = VOCABULARY[family], np.array([len(s) for s in sentences])
     ids = np.full((len(sentences), LENGTH), vocabulary.pad, np.int32)
     for row, tokens in zip(ids, sentences, strict=True):
@@ -68,7 +70,7 @@ def client(family, sentences, *, rate=0.1, dropout=True, seed=0, layers=2, **kno
     batch = Batch(jnp.asarray(ids), jnp.asarray(attention), jnp.arange(len(sentences)) % 3)
     texts = tuple(Sentence("", 0, row) for row in range(len(sentences)))
     return simulate.simulate(
-        jax.random.key(seed), model, *tuning.split(params, tuning.freezes(model, "embeddings")),
+        jax.random.key(seed), model, *tuning.split(params, tuning.freezes(model, frozen)),
         ClientBatch(0, texts, (), (), batch), vocabulary,
         Config(client=ClientConfig(dropout=rate * dropout), known=KnownConfig(**known)),
     )  # fmt: skip

@@ -227,6 +227,14 @@ def test_batches(bert):
     assert "--batch_size" in said
 
 
+def test_decoding_warns_of_nothing(gpt2, monkeypatch):
+    """Spaces before punctuation are BPE's own: it is not asked to clean them up, which it would refuse aloud."""
+    asked, decode = [], type(gpt2).decode
+    monkeypatch.setattr(type(gpt2), "decode", lambda self, *a, **k: asked.append(k) or decode(self, *a, **k))
+    assert data.decode(gpt2, gpt2("the dog , a cat")["input_ids"])[0] == "the dog , a cat"
+    assert asked == [{"clean_up_tokenization_spaces": False}]
+
+
 def test_decode(bert, gpt2):
     """Padding ends a row, special tokens are dropped, an id beyond the tokenizer shows as `<id>`."""
     ids = bert("The dog, a cat.")["input_ids"]

@@ -31,6 +31,39 @@ def test_contradicted(founds, certified, wrong):
     assert evidence.contradicted(span(0, TWO, founds, certified)) == wrong
 
 
+@pytest.mark.parametrize(
+    ("founds", "last", "words"),
+    [
+        (TWO, ["proven", "proven"], ["proven", "proven"]),
+        (("the cat", "a dog"), ["unknown", "unknown"], ["proven except its last token"] * 2),
+        (("the cat ran", "a dog sat"), ["likely", "likely"], ["proven except its last token"] * 2),
+        (("the cat ran", TWO[1]), ["proven", "proven"], ["certificate wrong", "proven"]),
+        (("the dog ran", TWO[1]), ["likely", "proven"], ["certificate wrong", "proven"]),
+        (TWO, ["unknown", "proven"], ["certificate wrong", "proven"]),
+    ],
+)
+def test_a_certificate_under_a_next_token_loss_may_leave_the_last_token_open(founds, last, words):
+    found = span(0, TWO, founds, [True, True])
+    for sentence, end in zip(found["evidence"]["sentences"], last, strict=True):
+        sentence["last"] = end
+    assert evidence.words(found) == words
+    assert evidence.contradicted(found) == [word == "certificate wrong" for word in words]
+
+
+def test_a_sentence_named_in_full_takes_its_truth_before_one_with_an_open_end():
+    found = span(0, ("the cat sat", "the cat ran"), ("the cat", "the cat sat"), [True, True])
+    for sentence, end in zip(found["evidence"]["sentences"], ("unknown", "proven"), strict=True):
+        sentence["last"] = end
+    assert evidence.words(found) == ["proven except its last token", "proven"]
+
+
+def test_records_without_a_word_on_the_last_token():
+    """Of a next-token loss they leave it open."""
+    found = span(0, TWO, ("the cat", "a dog"), [True, True])
+    found["evidence"]["open_end"] = True
+    assert evidence.contradicted(found) == [False, False]
+
+
 def test_without_a_truth_nothing_is_contradicted():
     assert evidence.contradicted(span(0, (), TWO)) == [False, False]
 

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import span_client
 from goldens import golden as goldens
-from span_client import FAMILIES, TOKENS, WIDTH, client, random_model, random_params, sentence
+from span_client import FAMILIES, POSITIONS, TOKENS, WIDTH, client, random_model, random_params, sentence
 from test_run import TEXTS, do, records
 from words import VOCABULARY, save_tokenizer
 
@@ -218,6 +219,17 @@ def test_special_tokens_inside_the_text_are_recovered(dropout):
     truth = client("bert", sentences, dropout=dropout)
     (result,) = solve(truth.problem)
     assert sorted(certified(result)) == sorted(sentences)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sentence_of_the_longest_length_is_recovered(family, monkeypatch):
+    """As many tokens as the model has positions."""
+    monkeypatch.setattr(span_client, "LENGTH", POSITIONS)
+    sentences = drawn(family, (POSITIONS - 2 * (family != "gpt2"),))
+    assert len(sentences[0]) == random_model(family)[0].max_length
+    truth = client(family, sentences)
+    (result,) = solve(truth.problem)
+    assert_solved(result, truth, sentences)
 
 
 def test_several_batches_are_attacked_one_by_one():
@@ -427,3 +439,26 @@ def test_a_whole_run_recovers_the_text(folder, tmp_path, dropout):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["attack"] == "span"
     assert (tmp_path / "run" / "report.html").stat().st_size > 5000
+
+
+UNUSUAL = (
+    "the \u202ecat\u202c sat\u200b",
+    "a \U0001f600 dog \u0000 ran",
+    "[MASK] the [unused1] mat",
+    "the e\u0301 box",
+)
+
+
+@pytest.mark.usefixtures("settings")
+def test_unusual_texts_are_recovered_as_the_tokenizer_reads_them(folder, tmp_path):
+    """Text direction, zero width, emoji, a null character, a combining accent; special and unused tokens by name."""
+    data = tmp_path / "unusual.jsonl"
+    data.write_text("".join(json.dumps({"text": text, "label": 0}) + "\n" for text in UNUSUAL))
+    args = (f"--model={folder}", f"--data={data}", "--attack=span", "--num_batches=2", "--batch_size=2")
+    do(*args, "--client_dropout=0.1", f"--run_dir={tmp_path / 'run'}")
+    found = records(tmp_path / "run")
+    assert sum(len(record["sentences"]) for record in found) == len(UNUSUAL)
+    for record in found:
+        assert all(s["certified"] for s in record["evidence"]["sentences"])
+        assert len(record["evidence"]["rows"]) == record["evidence"]["rank"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["certified_wrong"] == 0

@@ -42,7 +42,7 @@ def test_score_batch_by_hand():
     assert rows[0]["longest_span"] == rows[0]["tokens"] == 4
     assert rows[1] | {"paper": None} == {
         "batch": 7, "sentence": 1, "prediction": 0, "tokens": 2, "rouge1": 50.0, "rouge2": 0.0, "rougeL": 50.0,
-        "paper": None, "exact": False, "token_accuracy": 50.0, "longest_span": 1, "proven": False,
+        "paper": None, "exact": False, "token_accuracy": 50.0, "longest_span": 1, "proof": "", "proven": False,
     }  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 Needs a FedSGD gradient of the query, key and value kernels, the weights, the embedding tables and whether dropout was
 on (its rate may be unknown); neither labels nor lengths nor the batch size. Without dropout the second layer's
 gradient helps where it is shared. It works while the batch holds fewer tokens than the model is wide. Under a
-next-token loss a sentence's last token has no gradient (`evidence["open_end"]`): every sentence lacks it.
+next-token loss a sentence's last token has no gradient (`evidence["open_end"]`) but the head's: every sentence lacks
+it, unless `attacks.last_token` reads it there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from grab_jax.attacks import span_evaluation
+from grab_jax.attacks import last_token, span_evaluation
 from grab_jax.attacks.needs import Needs
 from grab_jax.attacks.span_evaluation import Found
 from grab_jax.attacks.state import OnSegment, Progress
@@ -96,6 +97,10 @@ def decoded(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> tu
         solved = _with_dropout(problem, first, gradients, found, seed, notify)
     else:
         solved = span_evaluation.solve(problem, first, found, gradients, whole=WHOLE, seed=seed, notify=notify)
+    if not said and last_token.shared(problem):
+        sure = [certified(sentence, solved.rows, problem) for sentence in solved.sentences]
+        ends = last_token.read(problem, found.rank, solved.rows, solved.sentences, sure)
+        solved = solved._replace(ends=ends)
     return found, solved._replace(notes=(*said, *solved.notes))
 
 
@@ -191,11 +196,14 @@ def result(problem: Problem, spectrum: subspace.Spectrum, found: Found) -> Resul
         return _nothing(problem, spectrum, reason, found.notes)
     rows, sentences = found.rows, found.sentences
     count = max(len(sentences), 1)
-    length = max([row.position + 1 for row in rows] + [problem.known.ids.shape[1]])
+    ends = found.ends.last if found.ends else [None] * len(sentences)
+    length = max([row.position + 1 + (found.ends is not None) for row in rows] + [problem.known.ids.shape[1]])
     ids = np.full((count, length), problem.vocabulary.pad, np.int32)
     sure = np.zeros((count, length))
     kept = np.ones((count, length, problem.model.width), np.float32)
-    for s, sentence in enumerate(sentences):
+    for s, (sentence, end) in enumerate(zip(sentences, ends, strict=True)):
+        if end is not None:
+            ids[s, len(sentence.rows)], sure[s, len(sentence.rows)] = end
         for row in (rows[i] for i in sentence.rows):
             ids[s, row.position], sure[s, row.position] = row.token, row.certificate
             kept[s, row.position] = row.kept
@@ -213,11 +221,10 @@ def result(problem: Problem, spectrum: subspace.Spectrum, found: Found) -> Resul
 
 def _proofs(problem: Problem, found: Found) -> dict[str, Any]:
     """What proves which sentence and which row, as plain data."""
-    proven = [certified(sentence, found.rows, problem) for sentence in found.sentences]
-    residuals, used = [sentence.residual for sentence in found.sentences], found.used
+    used = found.used
     return {
         "contextual": found.contextual,
-        "sentences": [{"certified": bool(ok), "residual": away} for ok, away in zip(proven, residuals, strict=True)],
+        "sentences": [_proof(problem, found, s) for s in range(len(found.sentences))],
         "rows": [
             {"position": row.position, "token": row.token, "certificate": row.certificate, "used": i in used}
             for i, row in enumerate(found.rows)
@@ -225,12 +232,20 @@ def _proofs(problem: Problem, found: Found) -> dict[str, Any]:
     }
 
 
+def _proof(problem: Problem, found: Found, s: int) -> dict[str, Any]:
+    """What proves a sentence; under a next-token loss whether that holds for its last token, too."""
+    sentence = found.sentences[s]
+    proof = {"certified": bool(certified(sentence, found.rows, problem)), "residual": sentence.residual}
+    if problem.model.task != "causal_lm":
+        return proof
+    end = found.ends.last[s] if found.ends else None
+    return proof | {"last": "unknown" if end is None else "proven" if end.proven else "likely"}
+
+
 def _notes(problem: Problem, rank: int, found: Found) -> list[str]:
     notes, used = list(found.notes), found.used
     if problem.model.task == "causal_lm":
-        notes.append(
-            "no target follows a sentence's last token, so it has no gradient and is missing from every sentence"
-        )
+        notes += last_token.notes(found.ends)
     if len(found.rows) < rank:
         notes.append(f"{rank - len(found.rows)} of {rank} input rows were not found")
     loose = sum(i not in used and row.certificate > ACCEPT for i, row in enumerate(found.rows))

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from grab_jax import tuning
+from grab_jax.attacks.last_token import Read
 from grab_jax.models import first_attention
 from grab_jax.span import assemble, context, members, subspace
 from grab_jax.span.assemble import Sentence
@@ -30,12 +31,16 @@ UNSURE = 0.9
 
 
 class Found(NamedTuple):
-    """Rows, sentences of them, whether the second layer judged these, and what a person should know."""
+    """Rows, sentences of them, whether the second layer judged these, and what a person should know.
+
+    `ends` are the sentences' last tokens under a next-token loss, None where the update does not hold them.
+    """
 
     rows: list[Row]
     sentences: list[Sentence]
     contextual: bool = False
     notes: tuple[str, ...] = ()
+    ends: Read | None = None
 
     @property
     def used(self) -> set[int]:
