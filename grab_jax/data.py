@@ -236,12 +236,11 @@ def encode(group: Sequence[Sentence], tokenizer: Any, index: int, longest: int, 
 
 
 def decode(tokenizer: Any, ids: Sequence[int] | Int[np.ndarray, " t"]) -> tuple[str, list[str]]:
-    """Text and tokens of one reconstructed row: padding ends it, special tokens are dropped.
+    """Text and tokens of one reconstructed row without special tokens, a padding token inside the text among them.
 
     An id that the tokenizer does not know (a model's table may be longer) becomes the token `<id>`.
     """
     row = [int(i) for i in ids]
-    row = row[: row.index(tokenizer.pad_token_id)] if tokenizer.pad_token_id in row else row
     special = set(tokenizer.all_special_ids)
     kept = [i for i in row if i not in special]
     tokens = [token or f"<{i}>" for i, token in zip(kept, tokenizer.convert_ids_to_tokens(kept), strict=True)]

@@ -236,15 +236,16 @@ def test_decoding_warns_of_nothing(gpt2, monkeypatch):
 
 
 def test_decode(bert, gpt2):
-    """Padding ends a row, special tokens are dropped, an id beyond the tokenizer shows as `<id>`."""
+    """Padding and special tokens are dropped, an id beyond the tokenizer shows as `<id>`."""
     ids = bert("The dog, a cat.")["input_ids"]
     dropped = bert.convert_tokens_to_ids(["dog"])
     expected = ["the", "dog", ",", "a", "cat", "."]
-    assert data.decode(bert, [*ids, bert.pad_token_id, *dropped]) == ("the dog, a cat.", expected)
+    assert data.decode(bert, [*ids, bert.pad_token_id]) == ("the dog, a cat.", expected)
+    assert data.decode(bert, [*dropped, bert.pad_token_id, *dropped])[1] == ["dog", "dog"]  # "[PAD]" in a text
     assert data.decode(bert, np.array(ids, np.int32))[1] == expected
     assert data.decode(bert, []) == ("", [])
     assert data.decode(bert, [*dropped, 10**6])[1] == ["dog", "<1000000>"]
-    assert data.decode(gpt2, [*gpt2("the dog")["input_ids"], gpt2.eos_token_id, 5])[0] == "the dog"
+    assert data.decode(gpt2, [*gpt2("the dog")["input_ids"], gpt2.eos_token_id])[0] == "the dog"
 
 
 def test_vocabulary(bert, gpt2):
