@@ -26,7 +26,7 @@ class Spectrum(NamedTuple):
     two are near the floor; `gap` is the ratio of the two values around it. `basis` is `[d, rank]`, orthonormal, and
     `blur` the standard deviations of its entries (0 for float32), `deviations` those of the gradients' columns (their
     root mean squares). `wire` is the precision the gradients came in, `sigma` the standard deviation of the noise that
-    was added to their entries, as read off them (0: none).
+    was added to their entries, as read off them (0: none). `rest` completes `basis`: the directions below the floor.
     """
 
     values: Float[np.ndarray, " d"]
@@ -39,11 +39,24 @@ class Spectrum(NamedTuple):
     deviations: Float[np.ndarray, " m"]
     wire: str = "float32"
     sigma: float = 0.0
+    rest: Float[np.ndarray, "d q"] | None = None
 
     @property
     def noise(self) -> float:
         """How far noise moves a unit vector of the span at most (root mean square)."""
         return float(np.linalg.norm(self.blur, axis=0).max(initial=0.0))
+
+    def widened(self, columns: int) -> tuple[Float[np.ndarray, "d c"], Float[np.ndarray, " c"]]:
+        """The first `columns` singular vectors, and how far noise moves each at most (Wedin 1972, to first order).
+
+        That is the noise's largest singular value over the vector's own: a unit vector x of the span looks away from
+        `basis` by `||bounds * (basis.T @ x)||` at most. Vectors below the floor are taken as they are, with bound 0.
+        """
+        basis = self.basis if self.rest is None else np.concatenate([self.basis, self.rest], axis=1)
+        bounds = np.zeros(min(columns, basis.shape[1]))
+        own = min(self.rank, len(bounds))
+        bounds[:own] = self.floor / self.values[:own]
+        return basis[:, : len(bounds)], bounds
 
 
 def spectrum(gradients: Sequence[Float[np.ndarray, "d o"]]) -> Spectrum:
@@ -91,7 +104,8 @@ def _above(stacked: Float[np.ndarray, "d m"], deviation: Float[np.ndarray, "_ m"
     gap = float(values[rank - 1] / max(values[rank], floor / 10)) if 0 < rank < d else 0.0
     # A left singular vector moves by noise @ right vector / singular value, to first order.
     moved = np.sqrt(np.broadcast_to(deviation**2, (d, m)) @ (right[:rank].T ** 2)) / values[:rank]
-    return Spectrum(values, float(floor), rank, gap, int(ratios.argmax()) + 1, left[:, :rank], moved, columns)
+    gap_rank = int(ratios.argmax()) + 1
+    return Spectrum(values, float(floor), rank, gap, gap_rank, left[:, :rank], moved, columns, rest=left[:, rank:])
 
 
 def _rank(values: np.ndarray, floor: float, gap_rank: int, vague: float) -> int:
