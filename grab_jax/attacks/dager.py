@@ -33,8 +33,12 @@ from grab_jax.types import Problem, Result
 
 BLOCKS = 10
 """Layers whose gradients tell the rank: equal rows of a batch are one in the first layer and differ further up."""
-ROUNDING = 2e-6
-"""Distance from the span that float32 explains, beside what the spectrum's noise allows."""
+ROUNDING = 2e-6, 1e-5
+"""Distance from the first and second layer's span that float32 explains, beside what the spectrum's noise allows.
+
+Embeddings are looked up, and normalised in float64; the second layer's inputs went through a block in float32: right
+ones were away by 2e-6 at most (MiniLM, GPT-2 small), wrong sentences by 1e-3 at least.
+"""
 
 
 class Spans(NamedTuple):
@@ -45,7 +49,7 @@ class Spans(NamedTuple):
     rank: int
 
     def basis(self, layer: subspace.Spectrum, spare: int) -> tuple[Float[np.ndarray, "d r"], Float[np.ndarray, " r"]]:
-        """A layer's span at that rank, less what leaves `spare` dimensions free, and how far noise moves its vectors."""
+        """A layer's span at that rank, with `spare` dimensions free at least, and how far noise moves its vectors."""
         return layer.widened(min(self.rank, max(1, len(layer.values) - spare)))
 
 
@@ -92,7 +96,7 @@ def measure(problem: Problem, config: AttackConfig) -> Spans:
         if not set(first_attention.paths(model, layer, config.dager_kernels)) <= problem.observed.keys():
             break
         gradients = first_attention.gradients(model, problem.observed, layer, config.dager_kernels)
-        found.append(subspace.spectrum(gradients))
+        found.append(subspace.spectrum(gradients, vectors=layer < 2))
     return Spans(found[0], found[1] if len(found) > 1 else None, max(one.rank for one in found))
 
 
@@ -111,7 +115,7 @@ def survivors(problem: Problem, config: AttackConfig, spans: Spans, notify: span
     """Tokens of the vocabulary in the first layer's span, the nearest first, up to the first position without any."""
     first = first_attention.describe(problem.model, {**problem.frozen, **problem.trainable})._replace(rate=0.0)
     basis, bounds = spans.basis(spans.first, config.dager_spare)
-    least, bounds = _threshold(config.dager_near, bounds)
+    least, bounds = _threshold(config.dager_near, ROUNDING[0], bounds)
     near: dict[int, list[Member]] = {}
     for position in range(len(first.places)):
         found = members.at_position(first, basis, position, least + bounds.max(initial=0.0))
@@ -123,9 +127,9 @@ def survivors(problem: Problem, config: AttackConfig, spans: Spans, notify: span
     return near
 
 
-def _threshold(told: float | None, bounds: Float[np.ndarray, " r"]) -> tuple[float, Float[np.ndarray, " r"]]:
+def _threshold(told: float | None, rounding: float, bounds: Float[np.ndarray, " r"]):
     """A distance for all rows if one is told, else rounding and what noise allows a row."""
-    return (ROUNDING, bounds) if told is None else (told, np.zeros_like(bounds))
+    return (rounding, bounds) if told is None else (told, np.zeros_like(bounds))
 
 
 def _allowed(member: Member, basis: Float[np.ndarray, "d r"], bounds: Float[np.ndarray, " r"]) -> float:
@@ -137,7 +141,7 @@ def assembled(
 ) -> Found:
     """Sentences in the second layer's span; up to the batch size, the nearest others."""
     basis, bounds = spans.basis(spans.second, config.dager_spare)
-    least, bounds = _threshold(config.dager_whole, bounds)
+    least, bounds = _threshold(config.dager_whole, ROUNDING[1], bounds)
     count, total = sum(map(len, near.values())), spans.second.rank
     tick = lambda: notify(min(count, spans.rank - 1), spans.rank)  # noqa: E731
     second = span_evaluation.second_layer(problem)._replace(basis=basis, bounds=bounds)
@@ -182,7 +186,8 @@ def _notes(problem: Problem, config: AttackConfig, spans: Spans, near, found: en
     yield from span.precision(spans.first)
     most = problem.model.width - config.dager_spare
     if spans.rank > most:
-        yield f"of {spans.rank} dimensions the spans keep {most} (--attack_dager_spare={config.dager_spare}): rows may be missed"
+        cut = f"of {spans.rank} dimensions the spans keep {most}"
+        yield f"{cut} (--attack_dager_spare={config.dager_spare}): rows may be missed"
     if not near:
         yield "no token of the vocabulary lies in the span at the first position"
     if found.cut:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from typing import Any, Literal
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from grab_jax.models import build
 from grab_jax.span.inputs import FirstAttention, Norm
 from grab_jax.types import Params
 
@@ -64,13 +66,21 @@ def paths(model: Any, layer: int = 0, kernels: Kernels = "all") -> list[str]:
     return [f"{_prefix(model, layer)}{name}/kernel" for name in names]
 
 
+@lru_cache(maxsize=8)
+def _cut(model: Any, layers: int) -> Any:
+    """The model with its first layers only: the others would be traced for nothing."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = layers
+    return build(config, model.task)
+
+
 @partial(jax.jit, static_argnames=("model", "layer"))
 def inputs(
     model: Any, params: Params, ids: Int[Array, "n t"], attention: Bool[Array, "n t"], *, layer: int
 ) -> Float[Array, "n t d"]:
     """What an attention layer is fed, without dropout."""
-    zeros = model.zero_perturbations(params, ids, attention)
-    taps = model.apply_tapped(params, zeros, ids, attention)[1]
+    cut = _cut(model, layer + 1)
+    taps = cut.apply_tapped(params, cut.zero_perturbations(params, ids, attention), ids, attention)[1]
     return reduce(lambda node, name: node[name], paths(model, layer)[0].split("/")[:-1], taps)["x"]
 
 
