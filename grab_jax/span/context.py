@@ -64,8 +64,9 @@ class Second(NamedTuple):
         parts, block = [np.zeros((2, 0, length), np.float32)], max(8, MOST // width)
         for start in range(0, count, block):
             some = ids[start : start + block]
-            # Few shapes: the last sentence and the first token fill up, unseen by the others.
-            some = np.pad(some, ((0, bucket(len(some), 8) - len(some)), (0, 0)), mode="edge")
+            # Few shapes: the last sentence and the last token fill up, unseen by the others.
+            full = next(size for size in (8, 32, block) if len(some) <= size)
+            some = np.pad(some, ((0, full - len(some)), (0, 0)), mode="edge")
             some = np.pad(some, ((0, 0), (0, width - length)), mode="edge")
             real = np.broadcast_to(np.arange(width) < length, some.shape)
             measured = np.asarray(_outside(self.inputs(some, real), basis, bounds))
@@ -77,8 +78,8 @@ class Second(NamedTuple):
 @jax.jit
 def _outside(x: Float[Array, "n t d"], basis: Float[Array, "d r"], bounds: Float[Array, " r"]) -> Float[Array, "2 n t"]:
     inside = x @ basis
-    parts = jnp.stack([jnp.linalg.norm(x - inside @ basis.T, axis=-1), jnp.linalg.norm(inside * bounds, axis=-1)])
-    return parts / jnp.linalg.norm(x, axis=-1)[None]
+    parts = (x - inside @ basis.T, inside * bounds[None, None])
+    return jnp.stack([jnp.linalg.norm(part, axis=-1) for part in parts]) / jnp.linalg.norm(x, axis=-1)[None]
 
 
 class Search:
