@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from span_client import FAMILIES, TOKENS, WIDTH, client, random_params
+from span_client import FAMILIES, TOKENS, WIDTH, client, random_model, random_params
 from test_flags import parse
 from test_run import do, quick, records, xla  # noqa: F401  # fixtures of whole runs
 from test_span_attack import certified, drawn, replaced, sentences_of
@@ -38,8 +38,9 @@ def batch(family, lengths, seed=0, **kwargs):
     return sentences, client(family, sentences, dropout=False, layers=LAYERS, **kwargs).problem
 
 
-@pytest.mark.parametrize("kernels", ["query", "all"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kernels"), [("bert", "query"), ("bert", "all"), ("roberta", "query"), ("gpt2", "query")]
+)
 def test_a_batch_of_random_tokens_is_recovered(family, kernels):
     sentences, problem = batch(family, (3, 6, 4))
     result = solve(problem, dager_kernels=kernels)
@@ -55,7 +56,7 @@ def test_the_fixed_distances_of_the_paper_do_as_well_here(family):
 
 
 def test_a_distance_of_less_than_rounding_finds_nothing():
-    _, problem = batch("gpt2", (3, 4))
+    _, problem = batch("gpt2", (3, 4, 5))
     result = solve(problem, dager_near=1e-12)
     assert result.evidence["rows"] == result.evidence["sentences"] == []
     assert "no token of the vocabulary lies in the span at the first position" in result.notes
@@ -64,11 +65,11 @@ def test_a_distance_of_less_than_rounding_finds_nothing():
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_what_the_second_layer_refuses_is_a_best_effort(family):
     """All tokens are there, none of the sentences passes: as many as the batch holds are returned, none proven."""
-    sentences, problem = batch(family, (3, 5))
+    sentences, problem = batch(family, (3, 5, 4))
     result = solve(problem, dager_whole=1e-12)
-    assert len(result.evidence["sentences"]) == 2
+    assert len(result.evidence["sentences"]) == 3
     assert certified(result) == []
-    assert any(note.startswith("2 of the sentences are best efforts") for note in result.notes)
+    assert any(note.startswith("3 of the sentences are best efforts") for note in result.notes)
     assert set(sentences_of(result)) & set(sentences)
     assert {(r["position"], r["token"]) for r in result.evidence["rows"]} >= {
         p for s in sentences for p in enumerate(s)
@@ -101,7 +102,7 @@ def test_neither_labels_nor_lengths_nor_upper_layers_are_needed():
 
 def test_progress_and_registration():
     seen = []
-    _, problem = batch("gpt2", (3,))
+    _, problem = batch("gpt2", (3, 4, 5))
     solve(problem, on_segment=lambda state, progress: seen.append((state, progress.phase)))
     assert set(seen) == {(None, "rows")}
     assert ATTACKS["dager"].attack is dager.attack
@@ -130,35 +131,33 @@ def test_a_batch_of_one_token():
 
 
 def test_an_empty_text():
-    sentences, problem = batch("bert", (0, 4))
+    sentences, problem = batch("bert", (0, 4, 3))
     assert set(certified(solve(problem))) == set(sentences)
 
 
 def test_a_sentence_that_begins_another_is_not_told_apart():
-    (long,) = drawn("gpt2", (5,))
-    result = solve(client("gpt2", (long, long[:3]), dropout=False, layers=LAYERS).problem)
-    assert certified(result) == [long]
+    long, other = drawn("gpt2", (5, 4))
+    result = solve(client("gpt2", (long, long[:3], other), dropout=False, layers=LAYERS).problem)
+    assert set(certified(result)) == {long, other}
+    assert len(result.ids) == 2
 
 
 def test_the_last_token_is_invisible_under_a_next_token_loss():
-    problem = next_token((7, 8, 9, 10), (11, 12, 13))
-    result = solve(problem)
-    assert set(certified(result)) == {(7, 8, 9), (11, 12)}
+    """And with it the whole gradient of sentences of one token."""
+    config = Config(client=ClientConfig(dropout=0.0))
+    model = models.build(random_model("gpt2", layers=LAYERS)[0].config, "causal_lm")
+    shared = tuning.split(random_params(model), tuning.freezes(model, "embeddings"))
+
+    def problem(*sentences):
+        known = client("gpt2", sentences, dropout=False, layers=LAYERS)
+        key, vocabulary = jax.random.key(0), known.problem.vocabulary
+        return simulate.simulate(key, model, *shared, known.batch, vocabulary, config).problem
+
+    result = solve(problem((7, 8, 9, 10), (11, 12, 13), (7, 14, 15)))
+    assert set(certified(result)) == {(7, 8, 9), (11, 12), (7, 14)}
     assert result.evidence["open_end"]
     assert any("last token" in note for note in result.notes)
-
-
-def test_one_token_under_a_next_token_loss_has_no_gradient():
-    assert_said(solve(next_token((7,))), "zero or not finite")
-
-
-def next_token(*sentences):
-    """The problem of a next-token client."""
-    known = client("gpt2", sentences, dropout=False, layers=LAYERS)
-    model = models.build(known.problem.model.config, "causal_lm")
-    shared = tuning.split(random_params(model), tuning.freezes(model, "embeddings"))
-    config = Config(client=ClientConfig(dropout=0.0))
-    return simulate.simulate(jax.random.key(0), model, *shared, known.batch, known.problem.vocabulary, config).problem
+    assert_said(solve(problem((7,), (8,), (9,))), "zero or not finite")
 
 
 # --- what cannot be tested ------------------------------------------------------------------------------------------
@@ -173,7 +172,7 @@ def assert_said(result, reason):
     assert not np.asarray(result.confidence).any()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_dropout_is_the_reason_for_finding_nothing(family):
     problem = client(family, drawn(family, (3, 6, 4)), layers=LAYERS).problem
     why = (
@@ -198,16 +197,16 @@ def test_the_width_may_be_reached_above_the_first_layer_only():
 
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_a_gradient_without_information_is_not_testable(value):
-    problem = batch("bert", (3, 4))[1]
+    problem = batch("bert", (3, 4, 5))[1]
     assert_said(solve(replaced(problem, lambda g: jnp.full_like(g, value))), "zero or not finite")
 
 
 def test_a_second_layer_is_needed():
-    sentences = drawn("bert", (3, 4))
-    assert_said(solve(client("bert", sentences, dropout=False, layers=2).problem), "second attention layer")
-    problem = batch("bert", (3, 4))[1]
+    problem = batch("bert", (3, 4, 5))[1]
     few = {path: problem.observed[path] for path in first_attention.paths(problem.model)}
     assert_said(solve(problem._replace(observed=few)), "second attention layer")
+    shallow = problem._replace(model=random_model("bert", layers=2)[0])
+    assert "second attention layer" in dager.not_testable(shallow, dager.measure(shallow, AttackConfig(name="dager")))
 
 
 def test_dimensions_that_the_span_leaves_free():
@@ -308,6 +307,8 @@ def test_combinations_of_every_length(budget, tried, whole):
 
 ODD = ("naïve café — “déjà vu” 🙂", "ﷺ ☃ ﬁ Ω≈ç√ 你好", "hm", "the same words", "the same words", "zxqv jjkw 0x7f %%%")
 
+RUN = ("--model=builtin:gpt2-mini", "--attack=dager", "--num_batches=1", "--batch_size=6")
+
 
 @pytest.fixture
 def odd(tmp_path):
@@ -316,15 +317,13 @@ def odd(tmp_path):
     return f"--data={path}"
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.long)])
 def test_a_whole_run_on_odd_text(odd, tmp_path, dropout):
     """Unusual characters, a sentence of one word, one that comes twice, nonsense: found, or why not."""
     where = tmp_path / "run"
-    args = ("--model=builtin:gpt2-mini", "--attack=dager", "--num_batches=3", "--batch_size=2", odd)
+    args = (*RUN, odd)
     do(*args, f"--client_dropout={dropout}", f"--run_dir={where}")
-    found = records(where)
-    assert len(found) == 3
-    for record in found:
+    for record in records(where):
         texts = {s["text"] for s in record["sentences"]}
         if dropout:
             assert "dropout" in record["evidence"]["not_testable"]
@@ -340,5 +339,5 @@ def test_a_whole_run_on_odd_text(odd, tmp_path, dropout):
 
 
 def test_the_plan_names_the_attack(odd):
-    said = dry_run.describe(parse("--model=builtin:gpt2-mini", "--attack=dager", "--client_dropout=0", odd))
+    said = dry_run.describe(parse(*RUN, "--client_dropout=0", odd))
     assert "attack       dager: tokens by the span" in said
