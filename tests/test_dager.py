@@ -303,6 +303,16 @@ def test_combinations_of_every_length(budget, tried, whole):
     assert second.tried <= tried
 
 
+def test_a_sentence_may_share_a_token_with_one_found_before():
+    """2 at position 1 is used up, and 7 there is in the span by chance: tried first, and the other one after it."""
+    sentences = ((0, 2, 9), (0, 2, 4, 5, 9))
+    second = Told(*sentences, causal=False)
+    choices = {0: [0], 1: [2, 7], 2: [9, 4], 3: [5, 3, 8, 6, 1, 11], 4: [9]}
+    found = enumeration.combine(enumeration.Judge(second, 1e-5), choices, 8, ends=(0, 9), kept=2, budget=11)
+    assert set(found.found) == set(sentences)
+    assert second.tried <= 2 + 11
+
+
 # --- whole runs -----------------------------------------------------------------------------------------------------
 
 ODD = ("naïve café — “déjà vu” 🙂", "ﷺ ☃ ﬁ Ω≈ç√ 你好", "hm", "the same words", "the same words", "zxqv jjkw 0x7f %%%")

@@ -8,6 +8,7 @@ combinations are tried, of every length at which an end may stand (section 4.3).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -92,7 +93,8 @@ def combine(judge: Judge, choices: Choices, total: int, *, ends: tuple[int, int]
     """Sentences of an encoder: of all combinations of tokens those in the span, and the best one of every length.
 
     Where there are more than `budget` combinations, tokens of sentences found are left out, then all but the `kept`
-    likeliest of a position, then as many more as it takes.
+    likeliest of a position, then as many more as it takes. What remains of the budget goes to combinations with tokens
+    of sentences found, as few of them a position as it takes: sentences may share some.
 
     Args:
       choices: at every position from 0 on, until there are none.
@@ -105,10 +107,10 @@ def combine(judge: Judge, choices: Choices, total: int, *, ends: tuple[int, int]
         table = _table(choices, length, ends)
         if _done(found, total) or not all(table):
             continue
+        tables, nearest = [table], None
         if _count(table) > budget:
-            table, cut = _fewer(table, found, kept, budget), True
-        nearest = None
-        for tries in _combinations(table):
+            tables, cut = _fewer(table, found, kept, budget), True
+        for tries in chain.from_iterable(map(_combinations, tables)):
             passed, away = judge(tries)
             found |= _named(tries[passed], away[passed])
             least = away.mean(-1).argmin()
@@ -135,11 +137,20 @@ def _count(table: Sequence[Sequence[int]]) -> int:
     return int(np.prod([len(tokens) for tokens in table], dtype=object))
 
 
-def _fewer(table: list[list[int]], found: Mapping, kept: int, budget: int) -> list[list[int]]:
-    """At most `budget` combinations."""
+def _fewer(table: list[list[int]], found: Mapping, kept: int, budget: int) -> list[list[list[int]]]:
+    """At most `budget` combinations: without tokens of sentences found, then with them behind the others."""
     used = {pair for ids in found for pair in enumerate(ids)}
-    table = [[t for t in tokens if (p, t) not in used] or tokens for p, tokens in enumerate(table)]
-    while _count(table) > budget:
+    new = [[t for t in tokens if (p, t) not in used] for p, tokens in enumerate(table)]
+    old = [[t for t in tokens if (p, t) in used] for p, tokens in enumerate(table)]
+    first = _within([some or others for some, others in zip(new, old, strict=True)], kept, budget)
+    left = budget - _count(first)
+    return [first, _within([some + others for some, others in zip(new, old, strict=True)], kept, left)][
+        : 1 + (left > 0)
+    ]
+
+
+def _within(table: list[list[int]], kept: int, budget: int) -> list[list[int]]:
+    while _count(table) > max(1, budget):
         table, kept = [tokens[:kept] for tokens in table], kept - 1
     return table
 
