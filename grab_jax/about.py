@@ -86,6 +86,8 @@ def _assumptions(config: Config, model: Any) -> list[str]:
     server = f"Honest-but-curious server: it sees one client's {exact}gradient as it is sent, and the weights it sent."
     if config.attack.name == "span":
         return [server, *_told_span(config, model)]
+    if config.attack.name == "dager":
+        return [server, *_told_dager(config, model)]
     return [server, *_told_grab(config), *([_begun(model)] if config.attack.init == "span" else [])]
 
 
@@ -112,6 +114,21 @@ def _told_span(config: Config, model: Any) -> list[str]:
         "It is not told the labels, the sentences' lengths or the batch size, whatever --known_labels and "
         "--known_lengths say.",
         told,
+        f"The batch holds fewer tokens than the model is wide ({model.width}); any other batch is not testable.",
+    ]
+
+
+def _told_dager(config: Config, model: Any) -> list[str]:
+    """DAGER takes nothing of `--known_*`."""
+    ends = "It takes the client for one that trains without dropout" + (
+        ", which it does not." if config.client.dropout else "."
+    )
+    return [
+        "It uses the first two attention layers' gradients, the ranks of the first ten's, the weights and the word and "
+        "position embeddings.",
+        "It is not told the labels or the sentences' lengths, whatever --known_labels and --known_lengths say. It "
+        "knows the batch size, and returns as many sentences where not all are found.",
+        ends,
         f"The batch holds fewer tokens than the model is wide ({model.width}); any other batch is not testable.",
     ]
 

@@ -71,6 +71,9 @@ def _dropout(flags: Mapping[str, Any], decoded: bool) -> Change | None:
     rate = flags.get("client_dropout")
     if isinstance(rate, int | float) and rate >= MORE_DROPOUT:
         return None
+    if flags.get("attack_name") == "dager":
+        why = "DAGER ends at any dropout, other attacks do not: measure --attack=span on the same client."
+        return Change("Does dropout in the client's training leak less?", why, "client_dropout", MORE_DROPOUT)
     why = (
         "The fewer coordinates dropout keeps, the fewer tell one token from another; measure whether that is enough."
         if decoded
@@ -85,7 +88,7 @@ def _fill(flags: Mapping[str, Any], rank: int, width: int) -> Change | None:
     if rank >= width:
         return None
     why = (
-        f"Span decoding ends where a batch holds as many tokens as the model is wide: {width}, against at most {rank} "
+        f"This attack ends where a batch holds as many tokens as the model is wide: {width}, against at most {rank} "
         "here. Other attacks do not end there."
     )
     return Change("Do larger client batches leak less?", why, "batch_size", math.ceil(1.2 * size * width / rank))

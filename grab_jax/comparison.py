@@ -21,8 +21,8 @@ from grab_jax.types import InputError
 Configure = Callable[[str], Config]
 """The settings of one attack by its name; raises InputError where they do not fit it."""
 
-STRONGEST_FIRST = ("span", "grab")
-"""What `auto` tries: a proof, then a search."""
+STRONGEST_FIRST = ("span", "dager", "grab")
+"""What `auto` tries: proofs, then a search."""
 
 LISTED = "comparison.json"
 

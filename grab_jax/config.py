@@ -99,13 +99,14 @@ class KnownConfig:
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """The attack. Defaults are those of Grab (CCS 2024); span decoding has no settings."""
+    """The attack. Defaults are those of Grab (CCS 2024); span decoding has no settings, DAGER's begin with `dager_`."""
 
-    name: Literal["grab", "span"] = setting(
+    name: Literal["grab", "span", "dager"] = setting(
         "grab",
         "grab: gradient matching with learned dropout masks; span: exact decoding of the first layer's gradient; "
-        "several, separated by commas, run one after another and are compared on one page; auto: what the problem "
-        "allows, the strongest evidence first",
+        "dager: without dropout, tokens by the first layer's span, sentences by the second's; several, separated by "
+        "commas, run one after another and are compared on one page; auto: what the problem allows, the strongest "
+        "evidence first",
     )
     init: Literal["none", "span"] = setting(
         "none",
@@ -149,6 +150,22 @@ class AttackConfig:
     sweeps: int = setting(5, "beam sweeps per round; 0 skips the discrete phase")
     chunk: int | None = setting(None, "candidates scored at once; default: from the memory estimate")
     together: int | None = setting(None, "restarts descended at once on a device; default: from the memory estimate")
+    dager_kernels: Literal["query", "all"] = setting(
+        "query",
+        "gradients whose span is tested: the query kernel's (DAGER), or query, key and value; GPT-2's are fused",
+    )
+    dager_near: float | None = setting(
+        None, "distance of a token from the first layer's span (DAGER: 1e-5); default: from the singular values"
+    )
+    dager_whole: float | None = setting(
+        None, "distance of a sentence's tokens from the second's (DAGER: 1e-3); default: from the singular values"
+    )
+    dager_spare: int = setting(
+        20, "dimensions that the spans leave free at least; with fewer their weakest are cut off"
+    )
+    dager_budget: int = setting(
+        100_000, "sentences tried of one length (DAGER: 10000000, hours on a CPU); above it the likeliest tokens only"
+    )
 
     def __post_init__(self):
         for name in ("rounds", "steps", "restarts", "decay_every", "beam"):
@@ -158,6 +175,11 @@ class AttackConfig:
         for name in ("lr", "decay"):
             _require(getattr(self, name) > 0, f"attack_{name}", getattr(self, name), "a positive number")
         _require(self.clip is None or self.clip > 0, "attack_clip", self.clip, "a positive norm")
+        for name in ("dager_near", "dager_whole"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < 1, f"attack_{name}", value, "a distance between 0 and 1")
+        for name in ("dager_budget", "dager_spare"):
+            _require(getattr(self, name) >= 1, f"attack_{name}", getattr(self, name), "1 or more")
         for name in ("chunk", "together"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"attack_{name}", value, "1 or more")

@@ -12,6 +12,10 @@ from grab_jax.config import Config
 from grab_jax.span.scaling import bucket
 from grab_jax.types import Batch
 
+_EXACT = {
+    "span": "span: exact decoding of the first attention layer's gradient",
+    "dager": "dager: tokens by the span of the first attention layer's gradient, sentences by the second's",
+}
 PER_BUCKET, PER_COUNT = 20, 4
 """Programs that span decoding compiles for a bucket of token counts, and without dropout for every count."""
 
@@ -19,7 +23,7 @@ PER_BUCKET, PER_COUNT = 20, 4
 def describe(config: Config) -> str:
     """The plan in words, one topic a line; for a search, one candidate score is timed for the estimate."""
     session = run.prepare(config)
-    topics = (_span if config.attack.name == "span" else _grab)(session)
+    topics = (_grab if config.attack.name == "grab" else _span)(session)
     notes = [f"note         {note}" for note in session.notes]
     return "\n".join([f"{topic:12s} {text}" for topic, text in topics.items()] + notes)
 
@@ -61,12 +65,12 @@ def _span(session: run.Session) -> dict[str, str]:
     shapes = Counter(tuple(batch.batch.ids.shape) for batch in session.batches)
     listed = ", ".join(f"{count} x {list(shape)}" for shape, count in sorted(shapes.items()))
     return {
-        "attack": "span: exact decoding of the first attention layer's gradient",
+        "attack": _EXACT[session.config.attack.name],
         **_client(session),
         "batches": f"{len(counts)}, one after another: {listed} [sentences, tokens]",
         "tokens": _tokens(counts, width),
         "memory": f"about {_bytes(session) / 2**30:.2f} of {session.plan.memory / 2**30:.1f} GiB",
-        "compilations": _compilations(fit, dropout),
+        "compilations": _compilations(fit, dropout and session.config.attack.name == "span"),
         "time": f"not estimated: seconds to minutes a batch, more as its tokens near the width; {about.device()}",
     }
 

@@ -61,7 +61,7 @@ def make(config: Config, model: Any, trainable: dict[str, Any], batches: Sequenc
     one_step = 6 * _activations(model, *largest)
     budget = 0.6 * memory - 2 * shared
     size = int(max(1, min(config.run.group, budget // (shared + config.attack.restarts * one_step))))
-    if config.attack.name == "span":
+    if config.attack.name in ("span", "dager"):
         size = 1  # seconds each: every batch is written as soon as it is decoded
     fit = int(max(1, min(config.attack.restarts, (budget - size * shared) // (size * one_step))))
     together = config.attack.together or fit

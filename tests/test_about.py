@@ -35,6 +35,13 @@ def test_span_decoding_without_dropout():
     assert "masks" not in text
 
 
+@pytest.mark.parametrize(("rate", "end"), [("0", "trains without dropout."), ("0.1", "dropout, which it does not.")])
+def test_dager_is_told_the_batch_size(rate, end):
+    text = said("--attack=dager", f"--client_dropout={rate}")
+    for part in ("not told the labels", "knows the batch size", end, "tokens than the model is wide (384)"):
+        assert part in text, text
+
+
 def test_grab_is_told_what_the_flags_say():
     text = said("--noknown_labels", "--client_dropout=0.1")
     for part in ("knows the batch size", "not told the labels", "every sentence's length", "learns the masks"):

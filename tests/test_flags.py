@@ -121,6 +121,7 @@ BAD = """num_batches=0 batch_size=0 seed=-1 seed=4294967296 data_start=-1 data_m
     client_dropout=-0.1 client_dropout=nan attack_rounds=0 attack_steps=0 attack_restarts=0 attack_decay_every=0
     attack_beam=0 attack_candidates=-1 attack_permutations=-1 attack_sweeps=-1 attack_l1=-1 attack_weight_decay=-1
     attack_lr=0 attack_decay=0 attack_clip=0 attack_chunk=0 attack_together=0 attack_mask_start=1.1
+    attack_dager_near=0 attack_dager_near=1 attack_dager_whole=-1 attack_dager_budget=0 attack_dager_spare=0
     run_group=0 run_memory_gb=0 run_checkpoint_minutes=-1"""
 
 

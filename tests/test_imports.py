@@ -124,10 +124,10 @@ def test_pure_modules_rest_on_those_below_them(module, allowed):
 
 
 def test_span_decoding_meets_models_in_one_module_only():
-    """`span` is arrays only; `models.first_attention` describes a model to it, for the two modes of `attacks.span`."""
+    """`span` is arrays only; `models.first_attention` describes a model to it, for the attacks that decode."""
     assert inside("span/")
     assert all(own(found) <= {"span"} for found in inside("span/").values())
-    assert importers("grab_jax.models.first_attention") == {"attacks/span", "attacks/span_evaluation"}
+    assert importers("grab_jax.models.first_attention") == {"attacks/dager", "attacks/span", "attacks/span_evaluation"}
     assert {module for module in importers("grab_jax.span") if module.startswith("models/")} == {
         "models/first_attention"
     }

@@ -588,9 +588,18 @@ def test_a_comparison_goes_on_and_its_pages_can_be_made_again(compared, small):
 @pytest.mark.parametrize(
     ("args", "chosen", "skipped"),
     [
-        ((), [("span", "none"), ("grab", "span")], {}),
-        (("--noknown_rate",), [("span", "none")], {"grab": "--noknown_rate needs"}),
-        (("--model_task=causal_lm",), [("span", "none")], {"grab": "--attack=grab needs"}),
+        (("--client_dropout=0",), [("span", "none"), ("dager", "none"), ("grab", "span")], {}),
+        (("--client_dropout=0.1",), [("span", "none"), ("grab", "span")], {"dager": "the client uses dropout"}),
+        (
+            ("--client_dropout=0.1", "--noknown_rate"),
+            [("span", "none")],
+            {"dager": "the client uses dropout", "grab": "--noknown_rate needs"},
+        ),
+        (
+            ("--client_dropout=0", "--model_task=causal_lm"),
+            [("span", "none"), ("dager", "none")],
+            {"grab": "--attack=grab needs"},
+        ),
     ],
 )
 def test_auto_takes_what_the_settings_allow_the_strongest_first(args, chosen, skipped):

@@ -5,6 +5,6 @@
 A recipe with a `start` can be resumed from its state; one without takes seconds and is attacked batch by batch.
 """
 
-from grab_jax.attacks import grab, span
+from grab_jax.attacks import dager, grab, span
 
-ATTACKS = {"grab": grab, "span": span}
+ATTACKS = {"grab": grab, "span": span, "dager": dager}

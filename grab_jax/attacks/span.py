@@ -90,7 +90,7 @@ def decoded(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> tu
         first = first._replace(rate=0.0)
     gradients, said = _completed(first_attention.gradients(model, problem.observed), notify)
     found = subspace.spectrum(gradients)
-    said += _precision(found)
+    said += precision(found)
     if not_testable(found, model.width):
         solved = Found([], [])
     elif problem.dropout:
@@ -119,7 +119,7 @@ def _completed(gradients: list[np.ndarray], notify: Notify) -> tuple[list[np.nda
     ]
 
 
-def _precision(found: subspace.Spectrum) -> list[str]:
+def precision(found: subspace.Spectrum) -> list[str]:
     """What was read off the update of its noise."""
     if found.sigma:
         return [
@@ -128,13 +128,13 @@ def _precision(found: subspace.Spectrum) -> list[str]:
     return [] if found.wire == "float32" else [f"the gradient was rounded to {found.wire}"]
 
 
-def not_testable(found: subspace.Spectrum, width: int) -> str | None:
-    """Why this update tells nothing here, or None."""
+def not_testable(found: subspace.Spectrum, width: int, method: str = "span decoding") -> str | None:
+    """Why this update tells nothing to a method that needs its row space, or None."""
     if found.rank >= width:
-        return f"not testable by span decoding: {found.rank} tokens or more >= width {width}"
+        return f"not testable by {method}: {found.rank} tokens or more >= width {width}"
     if found.rank == 0:
         what = "all noise" if found.sigma else "zero or not finite"
-        return f"not testable by span decoding: the first attention layer's gradient is {what}"
+        return f"not testable by {method}: the first attention layer's gradient is {what}"
     return None
 
 
@@ -190,9 +190,9 @@ def certified(sentence: Sentence, rows: Sequence[Row], problem: Problem) -> bool
     return starts and (vocabulary.sep is None or members_[-1].token == vocabulary.sep)
 
 
-def result(problem: Problem, spectrum: subspace.Spectrum, found: Found) -> Result:
-    """Sentences in the order found, with what proves them; a blank one where the update is not testable."""
-    if reason := not_testable(spectrum, problem.model.width):
+def result(problem: Problem, spectrum: subspace.Spectrum, found: Found, reason: str | None = None) -> Result:
+    """Sentences in the order found, with what proves them; a blank one where there is a reason for none."""
+    if reason := reason or not_testable(spectrum, problem.model.width):
         return _nothing(problem, spectrum, reason, found.notes)
     rows, sentences = found.rows, found.sentences
     count = max(len(sentences), 1)

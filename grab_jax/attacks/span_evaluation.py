@@ -100,9 +100,14 @@ def judge(problem: Problem, rows: int) -> context.Second | None:
     found = subspace.spectrum(first_attention.gradients(model, problem.observed, 1))
     if not rows <= found.rank <= model.width - SPARE or found.noise > BLURRED:
         return None
-    params = tuning.merge(problem.trainable, problem.frozen)
+    return second_layer(problem)._replace(basis=found.basis, noise=found.noise)
+
+
+def second_layer(problem: Problem) -> context.Second:
+    """The second attention layer's inputs of given sentences, with an empty span."""
+    model, params = problem.model, tuning.merge(problem.trainable, problem.frozen)
     inputs = lambda ids, real: first_attention.inputs(model, params, ids, real, layer=1)  # noqa: E731
-    return context.Second(inputs, found.basis, found.noise)
+    return context.Second(inputs, np.zeros((model.width, 0)))
 
 
 def _assembled(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from functools import partial, reduce
-from typing import Any
+from functools import lru_cache, partial, reduce
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from grab_jax.models import build
 from grab_jax.span.inputs import FirstAttention, Norm
 from grab_jax.types import Params
+
+Kernels = Literal["query", "all"]
+"""The query projection alone, or query, key and value."""
 
 _PREFIX = {
     "bert": "bert/encoder/layer_{}/attention/self/",
@@ -46,16 +51,27 @@ def describe(model: Any, flat: Mapping[str, Array]) -> FirstAttention:
     return FirstAttention(words, places, norm, rate, later, (kernels[0], biases[0]), (kernels[1], biases[1]))
 
 
-def gradients(model: Any, update: Mapping[str, Array], layer: int = 0) -> list[Float[np.ndarray, "d o"]]:
+def gradients(
+    model: Any, update: Mapping[str, Array], layer: int = 0, kernels: Kernels = "all"
+) -> list[Float[np.ndarray, "d o"]]:
     """The query, key and value kernels' part of an update, in float64 on the host."""
-    kernels = [np.asarray(update[path], np.float64) for path in paths(model, layer)]
-    return np.split(kernels[0], 3, axis=1) if model.family == "gpt2" else kernels
+    found = [np.asarray(update[path], np.float64) for path in paths(model, layer, kernels)]
+    return np.split(found[0], 3, axis=1) if model.family == "gpt2" else found
 
 
-def paths(model: Any, layer: int = 0) -> list[str]:
-    """The tensors `gradients` reads."""
-    names = ("c_attn",) if model.family == "gpt2" else ("query", "key", "value")
+def paths(model: Any, layer: int = 0, kernels: Kernels = "all") -> list[str]:
+    """The tensors `gradients` reads; GPT-2's is one, whatever `kernels` says."""
+    names = ("query", "key", "value") if kernels == "all" else ("query",)
+    names = ("c_attn",) if model.family == "gpt2" else names
     return [f"{_prefix(model, layer)}{name}/kernel" for name in names]
+
+
+@lru_cache(maxsize=8)
+def _cut(model: Any, layers: int) -> Any:
+    """The model with its first layers only: the others would be traced for nothing."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = layers
+    return build(config, model.task)
 
 
 @partial(jax.jit, static_argnames=("model", "layer"))
@@ -63,8 +79,8 @@ def inputs(
     model: Any, params: Params, ids: Int[Array, "n t"], attention: Bool[Array, "n t"], *, layer: int
 ) -> Float[Array, "n t d"]:
     """What an attention layer is fed, without dropout."""
-    zeros = model.zero_perturbations(params, ids, attention)
-    taps = model.apply_tapped(params, zeros, ids, attention)[1]
+    cut = _cut(model, layer + 1)
+    taps = cut.apply_tapped(params, cut.zero_perturbations(params, ids, attention), ids, attention)[1]
     return reduce(lambda node, name: node[name], paths(model, layer)[0].split("/")[:-1], taps)["x"]
 
 

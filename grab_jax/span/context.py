@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from grab_jax.span.scaling import bucket
+from grab_jax.span.scaling import bucket, filled
 
 MOST = 1024
 """Tokens of the sentences tried at once: few shapes, and small enough for a CPU's cache."""
@@ -35,12 +35,13 @@ Choices = Mapping[int, Sequence[int]]
 class Second(NamedTuple):
     """The second attention layer: its inputs of given sentences, and the span of its gradient's columns.
 
-    `noise` is how far noise moves a unit vector of that span.
+    `noise` is how far noise moves a unit vector of that span, `bounds` how far at most along each basis vector.
     """
 
     inputs: Callable[[Int[np.ndarray, "n t"], Bool[np.ndarray, "n t"]], Float[Array, "n t d"]]
     basis: Float[np.ndarray, "d r"]
     noise: float = 0.0
+    bounds: Float[np.ndarray, " r"] | None = None
 
     def residuals(
         self, ids: Int[np.ndarray, "n t"], tick: Callable[[], None] = lambda: None
@@ -49,24 +50,36 @@ class Second(NamedTuple):
 
         `tick` is called after every block of sentences.
         """
+        return self.measured(ids, tick)[0]
+
+    def measured(
+        self, ids: Int[np.ndarray, "n t"], tick: Callable[[], None] = lambda: None
+    ) -> Float[np.ndarray, "2 n t"]:
+        """`residuals`, and the most that noise within `bounds` makes of a token that is in the span."""
         count, length = ids.shape
         width = bucket(length, 8)
-        basis, parts, block = jnp.asarray(self.basis, jnp.float32), [], max(8, MOST // width)
+        basis, known = jnp.asarray(filled(self.basis)), () if self.bounds is None else self.bounds
+        bounds = np.zeros(basis.shape[1], np.float32)
+        bounds[: len(known)] = known
+        parts, block = [np.zeros((2, 0, length), np.float32)], max(8, MOST // width)
         for start in range(0, count, block):
             some = ids[start : start + block]
-            # Few shapes: the last sentence and the first token fill up, unseen by the others.
-            some = np.pad(some, ((0, bucket(len(some), 8) - len(some)), (0, 0)), mode="edge")
+            # Few shapes: the last sentence and the last token fill up, unseen by the others.
+            full = next(size for size in (8, 32, block) if len(some) <= size)
+            some = np.pad(some, ((0, full - len(some)), (0, 0)), mode="edge")
             some = np.pad(some, ((0, 0), (0, width - length)), mode="edge")
             real = np.broadcast_to(np.arange(width) < length, some.shape)
-            parts.append(np.asarray(_outside(self.inputs(some, real), basis)))
+            measured = np.asarray(_outside(self.inputs(some, real), basis, bounds))
+            parts.append(measured[:, : min(block, count - start), :length])
             tick()
-        return np.concatenate(parts)[:count, :length].astype(np.float64)
+        return np.concatenate(parts, axis=1).astype(np.float64)
 
 
 @jax.jit
-def _outside(x: Float[Array, "n t d"], basis: Float[Array, "d r"]) -> Float[Array, "n t"]:
-    rest = x - (x @ basis) @ basis.T
-    return jnp.linalg.norm(rest, axis=-1) / jnp.linalg.norm(x, axis=-1)
+def _outside(x: Float[Array, "n t d"], basis: Float[Array, "d r"], bounds: Float[Array, " r"]) -> Float[Array, "2 n t"]:
+    inside = x @ basis
+    parts = (x - inside @ basis.T, inside * bounds[None, None])
+    return jnp.stack([jnp.linalg.norm(part, axis=-1) for part in parts]) / jnp.linalg.norm(x, axis=-1)[None]
 
 
 class Search:

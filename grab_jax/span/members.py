@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grab_jax.span import pursuit
 from grab_jax.span.inputs import FirstAttention, embed, normalise
+from grab_jax.span.scaling import filled
 
 KEEP = 1024
 """Tokens per position whose residual is computed again in float64; more could not be members of a batch."""
@@ -63,7 +64,7 @@ def members(
     inner, outer = max(NEAR, 1.2 * noise), max(FAR, 3 * noise)
     near: list[Member] = []
     for position in range(len(first.places)):
-        near += _at(first, basis, position, 10 * outer)
+        near += at_position(first, basis, position, 10 * outer)
         notify(min(basis.shape[1], sum(m.away < inner for m in near)), basis.shape[1])
         if position > 2 and not any(m.position >= position - 1 and m.away < outer for m in near):
             break
@@ -117,8 +118,9 @@ def inputs64(
     return rows
 
 
-def _at(first: FirstAttention, basis: Float[np.ndarray, "d r"], position: int, most: float) -> list[Member]:
-    tokens = np.asarray(_closest(first, jnp.asarray(basis, jnp.float32), position, best=min(KEEP, len(first.words))))
+def at_position(first: FirstAttention, basis: Float[np.ndarray, "d r"], position: int, most: float) -> list[Member]:
+    """Tokens whose inputs at a position are outside the span by less than `most`, of the 1024 nearest."""
+    tokens = np.asarray(_closest(first, jnp.asarray(filled(basis)), position, best=min(KEEP, len(first.words))))
     rows = inputs64(first, tokens, position)
     away = np.linalg.norm(rows - rows @ basis @ basis.T, axis=1) / np.linalg.norm(rows, axis=1)
     near = np.flatnonzero(away < most)

@@ -49,10 +49,13 @@ def scaled_space(
         blur = np.pad(blur / np.abs(gain)[:, None], ((0, 0), (0, len(more))))
     scale = _scale(first)
     scaled, mixing = np.linalg.qr(basis * scale[:, None])
-    width = bucket(scaled.shape[1], 8)
-    padded = np.zeros((len(scale), min(width, max(len(scale), scaled.shape[1]))), np.float32)
-    padded[:, : scaled.shape[1]] = scaled
-    return Space(scale, scaled, jnp.asarray(padded), inputs, mixing, blur * scale[:, None])
+    return Space(scale, scaled, jnp.asarray(filled(scaled)), inputs, mixing, blur * scale[:, None])
+
+
+def filled(basis: Float[np.ndarray, "d r"]) -> Float[np.ndarray, "d p"]:
+    """A basis in float32 with columns of zeros up to a bucket, which change no projection: few shapes."""
+    width = min(bucket(basis.shape[1], 8), max(basis.shape))
+    return np.pad(basis, ((0, 0), (0, width - basis.shape[1]))).astype(np.float32)
 
 
 def bucket(size: int, least: int) -> int:
