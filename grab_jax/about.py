@@ -84,7 +84,7 @@ def _assumptions(config: Config, model: Any) -> list[str]:
     server = f"Honest-but-curious server: it sees one client's {exact}gradient as it is sent, and the weights it sent."
     if config.attack.name == "span":
         return [server, *_told_span(config, model)]
-    return [server, *_told_grab(config), *([_begun(model)] if config.attack.init == "span" else [])]
+    return [server, *_told_search(config), *([_begun(model)] if config.attack.init == "span" else [])]
 
 
 def _begun(model: Any) -> str:
@@ -114,7 +114,7 @@ def _told_span(config: Config, model: Any) -> list[str]:
     ]
 
 
-def _told_grab(config: Config) -> list[str]:
+def _told_search(config: Config) -> list[str]:
     mode = {
         "learn": "It knows the dropout rate and sites and learns the masks.",
         "off": "It ignores dropout (evaluation mode).",
@@ -131,6 +131,8 @@ def _told_grab(config: Config) -> list[str]:
         said.append(mode[config.attack.masks])
     if config.attack.tokens == "true":
         said.append("Control: it is given the true tokens.")
+    if config.attack.prior != "none":
+        said.append(f"It has a language model for the model's tokenizer, {config.attack.prior}, to judge word order.")
     return said
 
 

@@ -323,6 +323,35 @@ class Config:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "an integer in [0, 2^32)")
 
 
+@dataclass(frozen=True)
+class TrainPriorConfig:
+    """A small causal language model over a model's tokenizer: what LAMP judges word order with (`train_prior`)."""
+
+    data: str = setting("", "text to train on: data names or files as --data of grab_jax.main, separated by commas")
+    model: str = setting("builtin:bert-mini", "whose tokenizer: the attacked model, as --model of grab_jax.main")
+    out: str = setting("", "folder to write; the same command given again continues an interrupted training")
+    held_out: float = setting(0.02, "share of the sentences that is only scored")
+    steps: int = setting(2000, "training steps")
+    batch: int = setting(32, "sentences a step")
+    length: int = setting(32, "longest row in tokens; longer sentences are cut into several")
+    positions: int = setting(128, "longest row in tokens that the model can judge")
+    layers: int = setting(2, "layers")
+    width: int = setting(128, "hidden size")
+    heads: int = setting(4, "attention heads")
+    lr: float = setting(2e-3, "highest AdamW learning rate: linear warm-up, then cosine to zero")
+    save_every: int = setting(200, "steps between checkpoints")
+    seed: int = setting(0, "seed of everything random")
+
+    def __post_init__(self):
+        _require(0 < self.held_out < 1, "held_out", self.held_out, "a share in (0, 1)")
+        for name in ("steps", "batch", "layers", "width", "heads", "save_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _require(4 <= self.length <= self.positions, "length", self.length, "at least 4, and at most --positions")
+        _require(self.width % self.heads == 0, "width", self.width, f"a multiple of --heads={self.heads}")
+        _require(self.lr > 0, "lr", self.lr, "a positive number")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "an integer in [0, 2^32)")
+
+
 PLACE_ONLY = ("mode", "run", "report", "dry_run")
 """Top-level fields that change where or how a run happens, not its result."""
 

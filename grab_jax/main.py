@@ -48,7 +48,8 @@ def refuse(sentence: str) -> int:
     return 2
 
 
-def _parse(args: list[str]) -> list[str]:
+def parse(args: list[str]) -> list[str]:
+    """Read the command line; a wrong flag ends the program with one line."""
     try:
         return absl_flags.FLAGS(args)
     except absl_flags.Error as error:
@@ -62,7 +63,7 @@ def entry() -> None:
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     flags.define(Config())
     absl_flags.adopt_module_key_flags(flags)  # --helpshort shows them
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,9 @@ def _descend(job: Job, state: State) -> State:
     phase = DISCRETE if stop == job.config.steps else CONTINUOUS
     step = 0 if phase == DISCRETE else stop
     state = state._replace(descent=found, losses=kept, phase=np.int32(phase), step=np.int32(step))
-    ids = tokens_of(job, found.candidate.embeds[:, 0])
+    pinned = np.stack([problem.known.pinned for problem in job.problems])
+    told = np.stack([problem.known.ids for problem in job.problems])
+    ids = np.where(pinned, told, tokens_of(job, found.candidate.embeds[:, 0]))
     job.notify(state, progress(job, state, stop, kept[:, r, stop - 1], ids, phase="continuous"))
     return state
 
