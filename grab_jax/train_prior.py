@@ -12,7 +12,6 @@ import json
 import math
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, logging
-from absl import flags as absl_flags
 from jaxtyping import Array, Float, Int
 
-from grab_jax import data, flags, folder, interrupts, main, models
+from grab_jax import command, data, flags, folder, interrupts, models
 from grab_jax.attacks import prior
 from grab_jax.checkpoint import Checkpoints
 from grab_jax.config import DataConfig, TrainPriorConfig
@@ -212,23 +209,10 @@ def score(model: models.Model, params: Params, rows: Rows, vocabulary: Vocabular
 # --- command line -----------------------------------------------------------------------------------------
 
 
-def _main(argv: list[str]) -> int:
-    """0 when done, 2 for bad input, 130 when interrupted."""
-    if len(argv) > 1:
-        return main.refuse(f"unexpected argument {argv[1]!r}; settings are given as --name=value")
-    interrupts.install()
-    logging.set_verbosity(logging.WARNING)  # orbax tells a page per save
-    try:
-        train(flags.parsed(kind=TrainPriorConfig))
-    except InputError as error:
-        return main.refuse(str(error))
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues here", file=sys.stderr)
-        return main.INTERRUPTED
-    return 0
+def main(argv: list[str]) -> int:
+    """Train what the flags say; 0 when done, 2 for bad input, 130 when interrupted."""
+    return command.guarded(argv, lambda: print(f"{train(flags.parsed(kind=TrainPriorConfig)):.1f}"))
 
 
 if __name__ == "__main__":
-    absl_flags.adopt_module_key_flags(flags)
-    flags.define(TrainPriorConfig())
-    app.run(_main, flags_parser=main.parse)
+    command.entry(main, TrainPriorConfig())
