@@ -66,7 +66,7 @@ def make(config: Config, model: Any, trainable: dict[str, Any], batches: Sequenc
         size = 1  # seconds each: every batch is written as soon as it is decoded
     fit = int(max(1, min(config.attack.restarts, (budget - size * shared) // (size * one_step))))
     together = config.attack.together or fit
-    one_score = 2 * _activations(model, *largest) + _looked_up(model, trainable)
+    one_score = 2 * _activations(model, *largest) + _looked_up(model, trainable) + _judged(config, model, *largest)
     chunk = config.attack.chunk or int(max(1, min(MOST_CHUNK, (budget - size * shared) // one_score)))
     groups = [
         Group(shape, tuple(members[i : i + size]))
@@ -88,6 +88,11 @@ def _activations(model: Any, batch: int, length: int) -> int:
 def _looked_up(model: Any, trainable: dict[str, Any]) -> int:
     """Bytes per candidate that say which rows of the word table it uses, where the table is trained."""
     return 4 * len(trainable[model.word_table]) if model.word_table in trainable else 0
+
+
+def _judged(config: Config, model: Any, batch: int, length: int) -> int:
+    """Bytes per candidate of a language model that judges it: its logits, and their logarithms of probabilities."""
+    return 0 if config.attack.prior == "none" else 2 * 4 * batch * length * model.config.vocab_size
 
 
 def _work(config: Config, batches: Sequence[ClientBatch]) -> tuple[int, int]:

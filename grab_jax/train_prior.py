@@ -1,6 +1,6 @@
 """Train a small causal language model over a model's tokenizer, for `--attack_prior` (LAMP judges word order with it).
 
-    python -m grab_jax.train_prior --data=builtin --model=builtin:bert-mini --out=runs/prior --steps=300
+    python -m grab_jax.train_prior --data=public.txt --model=builtin:bert-mini --out=runs/prior
 
 Public text of the kind that is attacked serves best; text that is attacked would make the measurement void. The folder
 loads with Hugging Face transformers as a GPT-2. An interrupted training continues when the same command is given again.
