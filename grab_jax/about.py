@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from grab_jax.attacks import ATTACKS
+from grab_jax.attacks import NEEDS
 from grab_jax.config import Config, identity
 
 RESULT_CODE = (
@@ -44,7 +44,7 @@ def about(config: Config, model: Any, parameters: int, notes: list[str], ids: li
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "setting": _setting(config, model),
         "assumptions": _assumptions(config, model),
-        "needs": ATTACKS[config.attack.name].NEEDS._asdict(),
+        "needs": NEEDS[config.attack.name]._asdict(),
         "notes": notes,
         "ids": ids,
         "flags_file": "flags.txt",
@@ -88,7 +88,7 @@ def _assumptions(config: Config, model: Any) -> list[str]:
         return [server, *_told_span(config, model)]
     if config.attack.name == "dager":
         return [server, *_told_dager(config, model)]
-    return [server, *_told_grab(config), *([_begun(model)] if config.attack.init == "span" else [])]
+    return [server, *_told_search(config), *([_begun(model)] if config.attack.init == "span" else [])]
 
 
 def _begun(model: Any) -> str:
@@ -133,7 +133,7 @@ def _told_dager(config: Config, model: Any) -> list[str]:
     ]
 
 
-def _told_grab(config: Config) -> list[str]:
+def _told_search(config: Config) -> list[str]:
     mode = {
         "learn": "It knows the dropout rate and sites and learns the masks.",
         "off": "It ignores dropout (evaluation mode).",
@@ -150,6 +150,8 @@ def _told_grab(config: Config) -> list[str]:
         said.append(mode[config.attack.masks])
     if config.attack.tokens == "true":
         said.append("Control: it is given the true tokens.")
+    if config.attack.prior != "none":
+        said.append(f"It has a language model for the model's tokenizer, {config.attack.prior}, to judge word order.")
     return said
 
 

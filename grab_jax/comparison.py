@@ -30,7 +30,7 @@ LISTED = "comparison.json"
 def start(names: Sequence[str], configure: Configure) -> Path | None:
     """Run, print the plan of, or rebuild the page of several attacks, as `mode` and `dry_run` say."""
     automatic = tuple(names) == (flags.AUTO,)
-    chosen, skipped = allowed(configure) if automatic else ([_own(configure(name)) for name in names], {})
+    chosen, skipped = allowed(configure) if automatic else ([configure(name) for name in names], {})
     if chosen[0].mode == "report":
         print(rebuild(chosen[0]))
     elif chosen[0].dry_run:
@@ -65,13 +65,6 @@ def allowed(configure: Configure) -> tuple[list[Config], dict[str, str]]:
     if chosen[0].attack.name == "span":
         chosen = [_handed_over(config) for config in chosen]
     return chosen, skipped
-
-
-def _own(config: Config) -> Config:
-    """Settings of one attack among several: what concerns another one only is left out."""
-    if config.attack.name == "grab" or config.attack.init == "none":
-        return config
-    return dataclasses.replace(config, attack=dataclasses.replace(config.attack, init="none"))
 
 
 def _handed_over(config: Config) -> Config:

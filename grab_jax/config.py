@@ -19,6 +19,11 @@ def setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def own(text: str) -> Any:
+    """A field of the attack whose default, None, stands for the attack's own (`OWN`)."""
+    return field(default=None, metadata={"help": text, "own": True})
+
+
 def _require(ok: bool, flag: str, value: Any, expected: str) -> None:
     if not ok:
         raise InputError(f"--{flag}={value}: expected {expected}")
@@ -97,34 +102,73 @@ class KnownConfig:
     rate: bool = setting(True, "the attacker knows the dropout rate; otherwise span decoding reads it off the update")
 
 
+Attack = Literal["grab", "dlg", "tag", "lamp", "span", "dager"]
+
+_GRAB = {
+    "rounds": 5, "steps": 2000, "candidates": 2000, "permutations": 2000, "start_norm": "vocabulary", "lr": 0.01,
+    "decay": 0.89, "weight_decay": 0.01, "masks": "learn", "distance": "l2+l1", "keep": "last", "vocabulary": "all",
+    "norm_weight": 0.0, "moves": 0, "prior_weight": 0.2, "sweeps": 5,
+}  # fmt: skip
+_TAG = {
+    "rounds": 1, "steps": 2500, "candidates": 0, "permutations": 0, "start_norm": "none", "lr": 0.1, "decay": 1.0,
+    "weight_decay": 0.0, "masks": "off", "distance": "squared+l1", "keep": "best", "vocabulary": "words",
+    "norm_weight": 0.0, "moves": 0, "prior_weight": 0.2, "sweeps": 0,
+}  # fmt: skip
+_LAMP = {
+    "steps": 2000, "candidates": 500, "permutations": 500, "start_norm": "vocabulary", "lr": 0.01, "decay": 0.89,
+    "distance": "cosine", "norm_weight": 1.0, "moves": 200,
+}  # fmt: skip
+OWN: dict[str, dict[str, Any]] = {
+    "grab": _GRAB,
+    "dlg": _TAG | {"distance": "squared"},
+    "tag": _TAG,
+    "lamp": _TAG | _LAMP,
+    "span": _GRAB,
+    "dager": _GRAB,
+}
+"""What a setting of each attack is where it is not given, as the papers have it (span decoding and DAGER use none)."""
+
+FOR_ONE = {"init": ("grab", "none"), "prior": ("lamp", "none")}
+"""Settings that, where several attacks are run, are meant for one of them, and what the others take instead."""
+
+LAMP_SQUARED = {"norm_weight": 25.0, "prior_weight": 60.0}
+"""LAMP's weights under a distance that is not a cosine, whose values are of another size (its L2+L1 variant)."""
+
+
 @dataclass(frozen=True)
 class AttackConfig:
-    """The attack. Defaults are those of Grab (CCS 2024); span decoding has no settings, DAGER's begin with `dager_`."""
+    """The attack; span decoding has no settings, DAGER's begin with `dager_`.
 
-    name: Literal["grab", "span", "dager"] = setting(
+    A field that is left out takes the attack's own default (`OWN`), at once: the fields always hold the values used.
+    `dataclasses.replace` keeps them, also where it changes the name.
+    """
+
+    name: Attack = setting(
         "grab",
-        "grab: gradient matching with learned dropout masks; span: exact decoding of the first layer's gradient; "
-        "dager: without dropout, tokens by the first layer's span, sentences by the second's; several, separated by "
-        "commas, run one after another and are compared on one page; auto: what the problem allows, the strongest "
-        "evidence first",
+        "grab: gradient matching with learned dropout masks; dlg, tag: plain gradient matching; lamp: with moves of "
+        "words, judged also by a language model; span: exact decoding of the first layer's gradient; dager: without "
+        "dropout, tokens by the first layer's span, sentences by the second's; several, separated by commas, run one "
+        "after another and are compared on one page; auto: what the problem allows, the strongest evidence first",
     )
     init: Literal["none", "span"] = setting(
         "none",
         "where grab begins: knowing nothing, or with the tokens and masks that span decoding proves held fixed",
     )
-    rounds: int = setting(5, "hybrid rounds (continuous, then discrete)")
-    steps: int = setting(2000, "continuous steps per round")
+    rounds: int | None = own("hybrid rounds (continuous, then discrete)")
+    steps: int | None = own("continuous steps per round")
     restarts: int = setting(1, "independent continuous runs per round; the best goes on")
-    candidates: int = setting(2000, "random candidates scored before the first round; 0 takes one draw")
-    permutations: int = setting(2000, "permutations scored before each continuous and each discrete phase")
-    lr: float = setting(0.01, "initial AdamW learning rate of embeddings, masks and soft labels")
+    candidates: int | None = own("random candidates scored before the first round; 0 takes one draw")
+    permutations: int | None = own("permutations scored before each continuous and each discrete phase")
+    start_norm: Literal["vocabulary", "none"] | None = own(
+        "rescale random candidates, N(0, 1), to the mean norm of the vocabulary's embeddings, or leave them"
+    )
+    lr: float | None = own("initial Adam learning rate of embeddings, masks and soft labels")
     schedule: Literal["step", "linear"] = setting("step", "step decay, or linear decay to 0 (large models)")
-    decay: float = setting(0.89, "factor of the step schedule")
+    decay: float | None = own("factor of the step schedule; 1 = constant")
     decay_every: int = setting(50, "steps between two decays")
-    weight_decay: float = setting(0.01, "AdamW weight decay")
+    weight_decay: float | None = own("AdamW weight decay; 0 = Adam")
     clip: float | None = setting(None, "rescale the embeddings' gradient above this norm (large models: 0.5)")
-    masks: Literal["learn", "off", "true"] = setting(
-        "learn",
+    masks: Literal["learn", "off", "true"] | None = own(
         "dropout masks: learn them, ignore dropout where none are known, or use the client's true ones (a control, not "
         "an attack)",
     )
@@ -137,8 +181,14 @@ class AttackConfig:
         "search",
         "search for the tokens, or be given the true ones and learn masks only (a control, not an attack)",
     )
-    distance: distances.Name = setting("l2+l1", "distance between updates; normalised = per-tensor normalised l2+l1")
+    distance: distances.Name | None = own(
+        "distance between updates; squared = sum of squared l2 (DLG, and TAG with +l1), normalised = per-tensor "
+        "normalised l2+l1"
+    )
     l1: float = setting(0.01, "weight of the L1 term")
+    norm_weight: float | None = own(
+        "weight of (mean norm of the embeddings - mean norm of the vocabulary's)^2 in the loss (LAMP)"
+    )
     precision: matching.Precision = setting(
         "float32", "matrix products of the attacker's model; bfloat16 adds up in float32, and a CPU ignores it"
     )
@@ -146,8 +196,25 @@ class AttackConfig:
         "all", "what is matched: all entries, those a pruning client sent, or the signs (a hinge under l2 and l2+l1)"
     )
     layers: str = setting("", "match only tensors whose path contains a match of this regular expression; empty = all")
+    keep: Literal["last", "best"] | None = own("the continuous iterate that becomes tokens: last, or of lowest loss")
+    vocabulary: Literal["all", "words"] | None = own(
+        "tokens that embeddings may become: all, or no special ones (where lengths are not told, padding and "
+        "separator stay)"
+    )
+    moves: int | None = own("rearrangements of a sentence's words scored at each of LAMP's discrete steps; 0 = none")
+    moves_every: int = setting(75, "continuous steps between two of LAMP's discrete steps")
+    moves_after: float = setting(0.1, "share of the continuous steps before the first of LAMP's discrete steps")
+    prior: str = setting(
+        "none",
+        "language model that judges moves: none, or a causal one over the same tokenizer (a folder, such as "
+        "grab_jax.train_prior makes, a hub id, or builtin:gpt2-mini for itself)",
+    )
+    prior_weight: float | None = own(
+        "weight of the language model's loss (nats a token) beside the matching loss; lamp with another distance than "
+        f"cosine takes {LAMP_SQUARED['prior_weight']:g}, and {LAMP_SQUARED['norm_weight']:g} for --attack_norm_weight"
+    )
     beam: int = setting(4, "beam width, and number of solutions improved")
-    sweeps: int = setting(5, "beam sweeps per round; 0 skips the discrete phase")
+    sweeps: int | None = own("beam sweeps per round; 0 skips the discrete phase")
     chunk: int | None = setting(None, "candidates scored at once; default: from the memory estimate")
     together: int | None = setting(None, "restarts descended at once on a device; default: from the memory estimate")
     dager_kernels: Literal["query", "all"] = setting(
@@ -168,9 +235,12 @@ class AttackConfig:
     )
 
     def __post_init__(self):
-        for name in ("rounds", "steps", "restarts", "decay_every", "beam"):
+        self._fill()
+        for name in ("rounds", "steps", "restarts", "decay_every", "beam", "moves_every"):
             _require(getattr(self, name) >= 1, f"attack_{name}", getattr(self, name), "1 or more")
-        for name in ("candidates", "permutations", "sweeps", "l1", "weight_decay"):
+        for name in (
+            "candidates", "permutations", "sweeps", "l1", "weight_decay", "norm_weight", "moves", "prior_weight",
+        ):  # fmt: skip
             _require(getattr(self, name) >= 0, f"attack_{name}", getattr(self, name), "0 or more")
         for name in ("lr", "decay"):
             _require(getattr(self, name) > 0, f"attack_{name}", getattr(self, name), "a positive number")
@@ -183,7 +253,31 @@ class AttackConfig:
         for name in ("chunk", "together"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"attack_{name}", value, "1 or more")
-        _require(0 <= self.mask_start <= 1, "attack_mask_start", self.mask_start, "a number in [0, 1]")
+        for name in ("mask_start", "moves_after"):
+            _require(0 <= getattr(self, name) <= 1, f"attack_{name}", getattr(self, name), "a number in [0, 1]")
+
+    def _fill(self) -> None:
+        """Put the attack's own values where none are given."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        chosen = OWN[self.name] | given
+        if self.name == "lamp" and chosen["distance"] != "cosine":
+            chosen |= LAMP_SQUARED | given
+        for name, value in chosen.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def searches(self) -> bool:
+        """Whether the attack is a search by gradient matching."""
+        return self.name not in ("span", "dager")
+
+
+def default(flag_field: dataclasses.Field) -> str:
+    """What stands for the default of a setting in its help: of an attack's own ones, every attack's."""
+    values: dict[Any, list[str]] = {}
+    for attack, settings in OWN.items():
+        if attack not in ("span", "dager"):
+            values.setdefault(settings[flag_field.name], []).append(attack)
+    return "; ".join(f"{value} ({', '.join(attacks)})" for value, attacks in values.items())
 
 
 @dataclass(frozen=True)
@@ -236,10 +330,10 @@ class Config:
     dry_run: bool = setting(False, "print the plan (sites, sizes, memory, time, compilations) and stop")
 
     def __post_init__(self):
-        if self.model.task == "causal_lm" and self.attack.name == "grab":
+        if self.model.task == "causal_lm" and self.attack.searches:
             raise InputError(
-                "--attack=grab needs --model_task=classification: its candidates are embeddings without a next token; "
-                "use --attack=span"
+                f"--attack={self.attack.name} needs --model_task=classification: its candidates are embeddings without "
+                "a next token; use --attack=span"
             )
         if self.attack.init == "span" and self.attack.name != "grab":
             raise InputError(f"--attack_init=span is a start for --attack=grab, not for --attack={self.attack.name}")
@@ -248,10 +342,47 @@ class Config:
                 "--attack_init=span cannot start a control, which is given the true masks or tokens; leave out "
                 "--attack_masks=true and --attack_tokens=true"
             )
-        if not self.known.rate and self.attack.name == "grab":
-            raise InputError("--noknown_rate needs --attack=span: grab's mask learning starts from the dropout rate")
+        if not self.known.rate and self.attack.searches and self.attack.masks != "off":
+            raise InputError(
+                f"--noknown_rate needs --attack=span or --attack_masks=off: {self.attack.name}'s mask learning starts "
+                "from the dropout rate"
+            )
+        if self.attack.prior != "none" and not (self.attack.searches and self.attack.moves):
+            raise InputError(
+                f"--attack_prior={self.attack.prior} judges moves of words, and --attack={self.attack.name} makes "
+                "none; use --attack=lamp, or give --attack_moves"
+            )
         _require(self.num_batches >= 1, "num_batches", self.num_batches, "1 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "an integer in [0, 2^32)")
+
+
+@dataclass(frozen=True)
+class TrainPriorConfig:
+    """A small causal language model over a model's tokenizer: what LAMP judges word order with (`train_prior`)."""
+
+    data: str = setting("", "text to train on: data names or files as --data of grab_jax.main, separated by commas")
+    model: str = setting("builtin:bert-mini", "whose tokenizer: the attacked model, as --model of grab_jax.main")
+    out: str = setting("", "folder to write; the same command given again continues an interrupted training")
+    held_out: float = setting(0.02, "share of the sentences that is only scored")
+    steps: int = setting(2000, "training steps")
+    batch: int = setting(32, "sentences a step")
+    length: int = setting(32, "longest row in tokens; longer sentences are cut into several")
+    positions: int = setting(128, "longest row in tokens that the model can judge")
+    layers: int = setting(2, "layers")
+    width: int = setting(128, "hidden size")
+    heads: int = setting(4, "attention heads")
+    lr: float = setting(2e-3, "highest AdamW learning rate: linear warm-up, then cosine to zero")
+    save_every: int = setting(200, "steps between checkpoints")
+    seed: int = setting(0, "seed of everything random")
+
+    def __post_init__(self):
+        _require(0 < self.held_out < 1, "held_out", self.held_out, "a share in (0, 1)")
+        for name in ("steps", "batch", "layers", "width", "heads", "save_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _require(4 <= self.length <= self.positions, "length", self.length, "at least 4, and at most --positions")
+        _require(self.width % self.heads == 0, "width", self.width, f"a multiple of --heads={self.heads}")
+        _require(self.lr > 0, "lr", self.lr, "a positive number")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "an integer in [0, 2^32)")
 
 

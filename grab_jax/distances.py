@@ -19,7 +19,7 @@ from grab_jax.leaves import Leaf, Seen, inner, residual_norms, residual_square, 
 Candidate = Mapping[str, Leaf]
 Observed = Mapping[str, Seen]
 Distance = Callable[[Candidate, Observed], Float[Array, ""]]
-Name = Literal["l2+l1", "l2", "normalised", "cosine"]
+Name = Literal["l2+l1", "l2", "normalised", "cosine", "squared", "squared+l1"]
 
 
 def root(square: Float[Array, ""]) -> Float[Array, ""]:
@@ -27,10 +27,10 @@ def root(square: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
-def l2_l1(candidate: Candidate, observed: Observed, weight: float = 0.01) -> Float[Array, ""]:
-    """Sum over tensors of `||a - b||_2 + weight * ||a - b||_1`, the L2 part not squared (Grab, eq. 1)."""
+def l2_l1(candidate: Candidate, observed: Observed, weight: float = 0.01, squared: bool = False) -> Float[Array, ""]:
+    """Sum over tensors of `||a - b||_2 + weight * ||a - b||_1` (Grab, eq. 1), or with the L2 part squared (TAG)."""
     norms = [residual_norms(a, b) for _, a, b in _pairs(candidate, observed)]
-    return sum(root(square) + weight * absolute for square, absolute in norms)
+    return sum((square if squared else root(square)) + weight * absolute for square, absolute in norms)
 
 
 def l2(candidate: Candidate, observed: Observed, squared: bool = False) -> Float[Array, ""]:
@@ -79,4 +79,6 @@ def by_name(name: Name, weight: float = 0.01) -> Distance:
         "l2": l2,
         "cosine": cosine,
         "normalised": lambda a, b: normalised(a, b, weight),
+        "squared": lambda a, b: l2(a, b, squared=True),
+        "squared+l1": lambda a, b: l2_l1(a, b, weight, squared=True),
     }[name]

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from grab_jax import about, distances, matching, plan, run, views
-from grab_jax.config import Config
+from grab_jax.config import AttackConfig, Config
 from grab_jax.span.scaling import bucket
 from grab_jax.types import Batch
 
@@ -23,17 +23,18 @@ PER_BUCKET, PER_COUNT = 20, 4
 def describe(config: Config) -> str:
     """The plan in words, one topic a line; for a search, one candidate score is timed for the estimate."""
     session = run.prepare(config)
-    topics = (_grab if config.attack.name == "grab" else _span)(session)
+    topics = (_search if config.attack.searches else _span)(session)
     notes = [f"note         {note}" for note in session.notes]
     return "\n".join([f"{topic:12s} {text}" for topic, text in topics.items()] + notes)
 
 
-def _grab(session: run.Session) -> dict[str, str]:
+def _search(session: run.Session) -> dict[str, str]:
     work, attack = session.plan, session.config.attack
     shapes = ", ".join(f"{len(g.members)} x {list(g.shape)}" for g in work.groups)
     said = f"{attack.name}: {attack.rounds} rounds x {attack.steps} steps, {attack.restarts} restart(s), "
     return {
         "attack": f"{said}masks {attack.masks}",
+        **({"moves": f"{_moves(attack)}, judged with prior {attack.prior}"} if attack.moves else {}),
         **({"start": f"what span decoding proves; {_fit(session)}"} if attack.init == "span" else {}),
         **_client(session),
         "batches": f"{len(session.batches)} in {len(work.groups)} group(s): {shapes} [sentences, tokens]",
@@ -43,6 +44,10 @@ def _grab(session: run.Session) -> dict[str, str]:
         "work": f"at most {work.steps} continuous steps and about {work.scores} candidate scores",
         "time": f"about {_clock(plan.seconds(work, _score_once(session)))} without compilation, {about.device()}",
     }
+
+
+def _moves(attack: AttackConfig) -> str:
+    return f"{attack.moves} of each sentence every {attack.moves_every} steps"
 
 
 def _client(session: run.Session) -> dict[str, str]:

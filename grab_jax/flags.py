@@ -10,8 +10,11 @@ from typing import Any, Literal
 
 from absl import flags
 
+from grab_jax import config as settings
 from grab_jax.config import AttackConfig, Config
 from grab_jax.types import InputError
+
+T = typing.TypeVar("T")
 
 ATTACK = ("attack", "name")
 """The one setting that takes several values, separated by commas: a run for each."""
@@ -19,13 +22,17 @@ AUTO = "auto"
 
 
 class Leaf(typing.NamedTuple):
-    """One setting: its path in the tree, its flag, its type, default and help text."""
+    """One setting: its path in the tree, its flag, its type, value (which becomes the default) and help text.
+
+    The `own` default of an attack is its value in a config, but no default of the flag, as the attack is not known yet.
+    """
 
     path: tuple[str, ...]
     flag: str
     kind: Any
     default: Any
     text: str
+    own: bool
 
 
 def leaves(config: Any, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
@@ -37,25 +44,27 @@ def leaves(config: Any, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
             yield from leaves(value, here)
         else:
             parts = here[:-1] if field.name == "name" else here
-            yield Leaf(here, "_".join(parts), hints[field.name], value, field.metadata["help"])
+            own, text = field.metadata.get("own", False), field.metadata["help"]
+            text = f"{text}; default: {settings.default(field)}" if own else text
+            yield Leaf(here, "_".join(parts), hints[field.name], value, text, own)
 
 
-def define(config: Config, values: flags.FlagValues = flags.FLAGS) -> None:
+def define(config: Any, values: flags.FlagValues = flags.FLAGS) -> None:
     """Define one flag per leaf, with the leaf's value as default."""
     for leaf in leaves(config):
         _define(leaf, values)
 
 
 def _define(leaf: Leaf, values: flags.FlagValues) -> None:
-    kind = _bare(leaf.kind)
+    kind, default = _bare(leaf.kind), None if leaf.own else leaf.default
     if leaf.path == ATTACK:
         flags.DEFINE_list(leaf.flag, [leaf.default], leaf.text, flag_values=values)
         return
     if typing.get_origin(kind) is Literal:
-        flags.DEFINE_enum(leaf.flag, leaf.default, typing.get_args(kind), leaf.text, flag_values=values)
+        flags.DEFINE_enum(leaf.flag, default, typing.get_args(kind), leaf.text, flag_values=values)
         return
     definers = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float}
-    definers.get(kind, flags.DEFINE_string)(leaf.flag, leaf.default, leaf.text, flag_values=values)
+    definers.get(kind, flags.DEFINE_string)(leaf.flag, default, leaf.text, flag_values=values)
 
 
 def _bare(kind: Any) -> Any:
@@ -82,17 +91,25 @@ def attacks(values: flags.FlagValues = flags.FLAGS) -> tuple[str, ...]:
     return named
 
 
-def parsed(values: flags.FlagValues = flags.FLAGS, *, attack: str | None = None) -> Config:
-    """The config that the parsed flags describe, for one attack: `attack`, by default the first one named.
+def parsed(values: flags.FlagValues = flags.FLAGS, kind: type[T] = Config, *, attack: str | None = None) -> T:
+    """The config (a tree of settings of any kind) that the parsed flags describe.
+
+    Args:
+      attack: one of several attacks; settings meant for another one are left out. By default the only one named.
 
     Raises:
       InputError: a value out of range (one sentence, names the flag).
     """
-    found = {leaf.path: values[leaf.flag].value for leaf in leaves(Config())}
-    return build(found | {ATTACK: attack or attacks(values)[0]})
+    found = {leaf.path: values[leaf.flag].value for leaf in leaves(kind())}
+    if ATTACK in found:
+        found[ATTACK] = attack or attacks(values)[0]
+    if attack is not None:
+        for name, (owner, other) in settings.FOR_ONE.items():
+            found[ATTACK[0], name] = found[ATTACK[0], name] if attack == owner else other
+    return build(found, kind)
 
 
-def build(values: dict[tuple[str, ...], Any]) -> Config:
+def build(values: dict[tuple[str, ...], Any], kind: type[T] = Config) -> T:
     """A config from values by path; validation happens in the dataclasses."""
 
     def make(kind: type, path: tuple[str, ...]) -> Any:
@@ -106,12 +123,12 @@ def build(values: dict[tuple[str, ...], Any]) -> Config:
         return kind(**fields)
 
     try:
-        return make(Config, ())
+        return make(kind, ())
     except KeyError as error:
         raise InputError(f"setting {'.'.join(error.args[0])} is missing") from error
 
 
-def flagfile(config: Config) -> str:
+def flagfile(config: Any) -> str:
     """The text of a flagfile that repeats this config; settings that are None are left to their default."""
     lines = []
     for leaf in leaves(config):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from grab_jax import client, distances
@@ -54,6 +55,24 @@ def embedding_objective(model: Any, distance: distances.Distance, precision: Pre
         return distance(update, observed)
 
     return objective
+
+
+def with_norm_penalty(model: Any, objective: Objective, weight: float) -> Objective:
+    """An embedding objective plus `weight * (mean |e_i| - mean |v_j|)^2` (LAMP, eq. 6).
+
+    e_i are the candidate's embeddings at visible positions, v_j those of the vocabulary; without weight the objective
+    itself.
+    """
+    if not weight:
+        return objective
+
+    def penalised(candidate: Candidate, trainable, frozen, observed, known: Known) -> Float[Array, ""]:
+        table = {**frozen, **trainable}[model.word_table]
+        norms = jnp.where(known.attention, optax.safe_norm(candidate.embeds, 1e-12, axis=-1), 0.0)
+        gap = norms.sum() / known.attention.sum() - jnp.linalg.norm(table, axis=-1).mean()
+        return objective(candidate, trainable, frozen, observed, known) + weight * gap**2
+
+    return penalised
 
 
 def token_objective(model: Any, distance: distances.Distance, pad: int, precision: Precision = "float32") -> Objective:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from grab_jax.attacks import lamp
 from grab_jax.config import Config
 from grab_jax.data import ClientBatch
 
@@ -61,11 +62,11 @@ def make(config: Config, model: Any, trainable: dict[str, Any], batches: Sequenc
     one_step = 6 * _activations(model, *largest)
     budget = 0.6 * memory - 2 * shared
     size = int(max(1, min(config.run.group, budget // (shared + config.attack.restarts * one_step))))
-    if config.attack.name in ("span", "dager"):
+    if not config.attack.searches:
         size = 1  # seconds each: every batch is written as soon as it is decoded
     fit = int(max(1, min(config.attack.restarts, (budget - size * shared) // (size * one_step))))
     together = config.attack.together or fit
-    one_score = 2 * _activations(model, *largest) + _looked_up(model, trainable)
+    one_score = 2 * _activations(model, *largest) + _looked_up(model, trainable) + _judged(config, model, *largest)
     chunk = config.attack.chunk or int(max(1, min(MOST_CHUNK, (budget - size * shared) // one_score)))
     groups = [
         Group(shape, tuple(members[i : i + size]))
@@ -89,6 +90,11 @@ def _looked_up(model: Any, trainable: dict[str, Any]) -> int:
     return 4 * len(trainable[model.word_table]) if model.word_table in trainable else 0
 
 
+def _judged(config: Config, model: Any, batch: int, length: int) -> int:
+    """Bytes per candidate of a language model that judges it: its logits, and their logarithms of probabilities."""
+    return 0 if config.attack.prior == "none" else 2 * 4 * batch * length * model.config.vocab_size
+
+
 def _work(config: Config, batches: Sequence[ClientBatch]) -> tuple[int, int]:
     """Upper bounds of first-order scores and continuous steps; repeated beam proposals are scored once."""
     attack, scores = config.attack, 0
@@ -98,7 +104,8 @@ def _work(config: Config, batches: Sequence[ClientBatch]) -> tuple[int, int]:
         beam = int((free * pool).sum()) * attack.beam * attack.beam
         # The second and later sweeps mostly repeat the first; half of one is what they add in practice.
         sweeps = min(attack.sweeps, 1) + 0.5 * max(0, min(attack.sweeps, 3) - 1)
-        scores += int(attack.candidates + attack.rounds * (2 * attack.permutations + beam * sweeps))
+        moved = len(free) * attack.moves * sum(lamp.due(attack, step) for step in range(attack.steps))
+        scores += int(attack.candidates + attack.rounds * (2 * attack.permutations + moved + beam * sweeps))
     return scores, len(batches) * attack.rounds * attack.steps * attack.restarts
 
 

@@ -31,7 +31,7 @@ from grab_jax import (
     tuning,
 )
 from grab_jax import folder as folders
-from grab_jax.attacks import ATTACKS
+from grab_jax.attacks import ATTACKS, NEEDS, prior
 from grab_jax.config import Config, identity
 from grab_jax.progress import Display
 from grab_jax.types import InputError, Result
@@ -72,7 +72,7 @@ def run(config: Config) -> Path:
     folders.finished(folder)  # damaged results are refused before anything is said
     display = Display(config.run.progress, folder / "log.txt")
     try:
-        display.say(f"{config.attack.name} must be told: {ATTACKS[config.attack.name].NEEDS.sentence()}")
+        display.say(f"{config.attack.name} must be told: {NEEDS[config.attack.name].sentence()}")
         for note in session.notes:
             display.say(f"note: {note}")
         for group in session.plan.groups:
@@ -117,12 +117,31 @@ def prepare(config: Config) -> Session:
     trainable, frozen = tuning.split(params, tuning.freezes(loaded.model, config.client.frozen))
     work = plan.make(config, loaded.model, trainable, batches)
     notes += [*loaded.notes, *said]
-    if config.client.dropout == 0 and config.attack.masks == "learn" and config.attack.name == "grab":
+    if config.client.dropout == 0 and config.attack.masks == "learn" and config.attack.searches:
         notes.append("the client uses no dropout, so there are no masks to learn")
+    notes += _prior(config, loaded.model, tokenizer, batches)
     if config.attack.masks == "true" or config.attack.tokens == "true":
         notes.append("control run: the attacker is given a truth it would not have; this is not an attack")
     ids = [_identifier(config, batch) for batch in batches]
     return Session(config, loaded, trainable, frozen, tokenizer, batches, controls, ids, notes, work)
+
+
+def _prior(config: Config, model: Any, tokenizer: Any, batches: Sequence[data.ClientBatch]) -> list[str]:
+    """A note on the language model that judges moves; one of another vocabulary is refused now, not in the attack."""
+    attack, longest = config.attack, max(batch.batch.ids.shape[1] for batch in batches)
+    if not (attack.searches and attack.moves):
+        return []
+    judge = prior.load(attack.prior, model.config.vocab_size, longest)
+    if judge is None:
+        return ["no language model judges the moves of words (--attack_prior), only the matching loss"]
+    theirs, ours = data.load_tokenizer(judge.folder).get_vocab(), tokenizer.get_vocab()
+    other = next((token for token, number in ours.items() if theirs.get(token) != number), None)
+    if other is not None:
+        raise InputError(
+            f"--attack_prior={attack.prior} has another vocabulary than the model: {other!r} is token {ours[other]} "
+            f"here, {theirs.get(other)} there; train one for it with python -m grab_jax.train_prior"
+        )
+    return []
 
 
 def _keys(config: Config) -> Key[Array, " 3"]:

@@ -50,6 +50,16 @@ def test_grab_is_told_what_the_flags_say():
     assert "span decoding" not in text
 
 
+def test_attacks_without_mask_learning_ignore_dropout_and_a_prior_is_named():
+    for name in ("dlg", "tag", "lamp"):
+        text = said(f"--attack={name}", "--client_dropout=0.1")
+        assert "ignores dropout" in text
+        assert "learns the masks" not in text
+        assert "language model for" not in text
+    assert "learns the masks" in said("--attack=lamp", "--attack_masks=learn", "--client_dropout=0.1")
+    assert "language model for the model's tokenizer, runs/prior" in said("--attack=lamp", "--attack_prior=runs/prior")
+
+
 def test_grab_that_starts_from_span_decoding_says_so():
     text = said("--attack_init=span")
     for part in ("knows the batch size", "first decodes", "holds the tokens and masks", "model is wide (384)"):

@@ -14,7 +14,7 @@ import pytest
 from absl import flags as absl_flags
 
 from grab_jax import flags
-from grab_jax.config import Config
+from grab_jax.config import Config, TrainPriorConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / name for name in ("README.md", "BUILD.md", "experiments/README.md")]
@@ -35,6 +35,11 @@ SMALL_SCRIPTS = {
         --minutes=1""",
 }
 """What makes each experiment script small; a new script needs a line here."""
+
+
+PROGRAMS = {"grab_jax.main": Config, "grab_jax.train_prior": TrainPriorConfig}
+SMALL_PRIOR = """--data=builtin --model=builtin:bert-mini --steps=2 --batch=2 --length=12 --width=16 --heads=2
+    --layers=1 --out={tmp}/prior"""
 
 
 class Command(NamedTuple):
@@ -70,7 +75,7 @@ def commands(path):
 
 def ours(words):
     if words[0] == "python":
-        return words[1:3] == ["-m", "grab_jax.main"] or words[1].startswith("experiments/")
+        return (words[1] == "-m" and words[2] in PROGRAMS) or words[1].startswith("experiments/")
     return words[0] == "make" or words[0].startswith("launch/")
 
 
@@ -80,13 +85,17 @@ def every():
     return list({command.words: command for command in found}.values())
 
 
-def config(args):
+def config(args, kind=Config):
     """Check a command line's flags: every attack it names takes them."""
     values = absl_flags.FlagValues()
-    flags.define(Config(), values)
+    flags.define(kind(), values)
     assert values(["grab_jax", *args]) == ["grab_jax"], "an argument that is no flag"
-    for name in flags.attacks(values):
-        flags.parsed(values, attack="span" if name == flags.AUTO else name)
+    if kind is not Config:
+        flags.parsed(values, kind)
+        return
+    named = flags.attacks(values)
+    for name in named:
+        flags.parsed(values, attack=None if len(named) == 1 and name != flags.AUTO else name.replace("auto", "span"))
 
 
 @cache
@@ -122,8 +131,8 @@ def test_presets_say_how(preset):
 def test_commands_parse(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     first, *rest = command.words
-    if command.words[:3] == ("python", "-m", "grab_jax.main"):
-        config(rest[2:])
+    if command.words[:2] == ("python", "-m"):
+        config(rest[2:], PROGRAMS[rest[1]])
     elif first == "python":
         script = ROOT / rest[0]
         assert script in SCRIPTS, f"{rest[0]} does not exist"
@@ -145,6 +154,7 @@ def test_commands_parse(command, monkeypatch):
     [
         ("python -m grab_jax.main --no_such_flag=1", absl_flags.Error),
         ("python -m grab_jax.main --flagfile=experiments/none.flags", absl_flags.Error),
+        ("python -m grab_jax.train_prior --attack=lamp", absl_flags.Error),
         ("python experiments/bench_batching.py --bogus=1", AssertionError),
         ("python experiments/none.py", AssertionError),
         ("make none", AssertionError),
@@ -214,6 +224,9 @@ def test_commands_run(command, environment, finished, tmp_path):
     if words[0] == "python" and words[1] != "-m":
         small = SMALL_SCRIPTS[Path(words[1]).name].format(run=finished, root=ROOT, tmp=tmp_path)
         assert execute(environment, *words, *small.split())
+        return
+    if "grab_jax.train_prior" in words:
+        assert execute(environment, *words, *SMALL_PRIOR.format(tmp=tmp_path).split())
         return
     folder = finished if report else tmp_path / "run"
     output = execute(environment, *words, *SMALL.split(), f"--run_dir={folder}")

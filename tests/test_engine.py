@@ -17,14 +17,14 @@ from grab_jax.kernels import residual_norms as kernel
 from grab_jax.leaves import LowRank, Outer, Pruned, Rows, Signs
 from grab_jax.types import InputError
 
-NAMES = ("cosine", "l2", "l2+l1", "normalised", "squared l2")
+NAMES = ("cosine", "l2", "l2+l1", "normalised", "squared", "squared+l1")
 VIEWS = ("all", "not factored", "layers", "unpruned", "signs")
 SIZES = {"thin": (1, 6), "wide": (3, 9)}
 """Token rows on both sides of the turn: 6 and 27, where kernels of 32 x 32 turn at 16."""
 
 
 def distance(name):
-    return (lambda a, b: distances.l2(a, b, squared=True)) if name == "squared l2" else distances.by_name(name)
+    return distances.by_name(name)
 
 
 def viewed(view, observed, rows):

@@ -117,10 +117,48 @@ def test_flagfile_repeats_any_value(tmp_path_factory, lr, clip, rate, name, chun
     assert again(config, tmp_path_factory.getbasetemp()) == config
 
 
+def test_what_is_not_given_is_the_attacks_own():
+    """Settings of the papers (DLG and TAG as LAMP compares with them), and the flagfile says the values used."""
+    own = {
+        "grab": {"rounds": 5, "steps": 2000, "lr": 0.01, "distance": "l2+l1", "masks": "learn", "weight_decay": 0.01},
+        "dlg": {"rounds": 1, "steps": 2500, "lr": 0.1, "decay": 1, "distance": "squared", "masks": "off", "moves": 0},
+        "tag": {"steps": 2500, "lr": 0.1, "distance": "squared+l1", "l1": 0.01, "weight_decay": 0, "sweeps": 0},
+        "lamp": {"steps": 2000, "lr": 0.01, "decay": 0.89, "decay_every": 50, "distance": "cosine", "candidates": 500,
+                 "permutations": 500, "moves": 200, "moves_every": 75, "moves_after": 0.1, "norm_weight": 1,
+                 "prior_weight": 0.2, "prior": "none", "keep": "best", "vocabulary": "words", "masks": "off"},
+    }  # fmt: skip
+    for name, expected in own.items():
+        config = parse(f"--attack={name}")
+        assert {setting: getattr(config.attack, setting) for setting in expected} == expected
+        assert config.attack == AttackConfig(name=name)
+        assert re.search(rf"^--attack_steps={expected['steps']}$", flags.flagfile(config), re.M)
+
+
+def test_what_is_given_wins_over_the_attacks_own(tmp_path):
+    config = parse("--attack=dlg", "--attack_lr=0.02", "--attack_masks=learn", "--attack_candidates=0")
+    assert (config.attack.lr, config.attack.masks, config.attack.candidates) == (0.02, "learn", 0)
+    assert config.attack.steps == 2500
+    assert again(config, tmp_path) == config
+
+
+def test_lamps_weights_follow_its_distance():
+    weights = lambda *args: (lambda a: (a.norm_weight, a.prior_weight))(parse("--attack=lamp", *args).attack)  # noqa: E731
+    assert weights() == (1.0, 0.2)
+    assert weights("--attack_distance=squared+l1") == (25.0, 60.0)
+    assert weights("--attack_distance=squared+l1", "--attack_prior_weight=3") == (25.0, 3.0)
+
+
+def test_the_help_says_every_attacks_own_default():
+    values = absl_flags.FlagValues()
+    flags.define(Config(), values)
+    assert values["attack_steps"].help.endswith("default: 2000 (grab, lamp); 2500 (dlg, tag)")
+
+
 BAD = """num_batches=0 batch_size=0 seed=-1 seed=4294967296 data_start=-1 data_max_length=3 client_dropout=1
     client_dropout=-0.1 client_dropout=nan attack_rounds=0 attack_steps=0 attack_restarts=0 attack_decay_every=0
     attack_beam=0 attack_candidates=-1 attack_permutations=-1 attack_sweeps=-1 attack_l1=-1 attack_weight_decay=-1
-    attack_lr=0 attack_decay=0 attack_clip=0 attack_chunk=0 attack_together=0 attack_mask_start=1.1
+    attack_lr=0 attack_decay=0 attack_clip=0 attack_chunk=0 attack_together=0 attack_mask_start=1.1 attack_moves=-1
+    attack_moves_every=0 attack_moves_after=2 attack_norm_weight=-1 attack_prior_weight=-1
     attack_dager_near=0 attack_dager_near=1 attack_dager_whole=-1 attack_dager_budget=0 attack_dager_spare=0
     run_group=0 run_memory_gb=0 run_checkpoint_minutes=-1"""
 

@@ -124,7 +124,7 @@ class Learnt(NamedTuple):
 
 @pytest.fixture(scope="module")
 def learnt(dropped):
-    run = programs.compiled(dropped.problem.model, FAST, PAD, programs.mesh_for(1)).run
+    run = programs.compiled(dropped.problem.model, FAST, BERT, programs.mesh_for(1), None).run
     before, search = run._cache_size(), discrete.beam.search
     for seed in range(20):  # the first that does not stop early: what follows needs both rounds
         states, seen, pools = [], [], []
@@ -247,8 +247,8 @@ def test_progress_names_round_phase_and_step(learnt):
 def test_the_same_seed_repeats_and_another_differs_without_compiling_again(dropped, learnt):
     result = learnt.result
     assert learnt.traces <= 1
-    compiled = programs.compiled(dropped.problem.model, FAST, PAD, programs.mesh_for(1))
-    assert compiled is programs.compiled(dropped.problem.model, FAST, PAD, programs.mesh_for(1))
+    compiled = programs.compiled(dropped.problem.model, FAST, BERT, programs.mesh_for(1), None)
+    assert compiled is programs.compiled(dropped.problem.model, FAST, BERT, programs.mesh_for(1), None)
     functions = [f for f in compiled if hasattr(f, "_cache_size")]
     before = [f._cache_size() for f in functions]
     same(solve(dropped, seeds=(learnt.seed,))[0], result)

@@ -23,6 +23,8 @@ EDGE = {
     "progress",
     "about",
     "dry_run",
+    "command",
+    "train_prior",
 }
 
 
@@ -63,7 +65,7 @@ def test_the_reader_of_imports_sees_every_form(tmp_path):
     [
         (("flax",), {"models/*"}),
         (("orbax",), {"checkpoint"}),
-        (("absl",), {"main", "flags"}),
+        (("absl",), {"command", "flags"}),
         (("tokenizers", "datasets"), {"data"}),
         (("transformers",), {"data", "models/convert"}),
         (("safetensors",), {"data", "models/convert"}),

@@ -112,6 +112,20 @@ def test_work():
     assert none.scores == 7 + 2 * 2 * 5
 
 
+def test_work_of_moves():
+    """Steps 75, 150, 225 and 300 of 310 move the words of both sentences; the first 31 steps move none."""
+    given = config(name="lamp", steps=310, candidates=7, permutations=5, moves=11)
+    found = plan.make(given, MODEL, TRAINABLE, [batch(0, 12, sentences=2)])
+    assert found.scores == 7 + 2 * 5 + 4 * 2 * 11
+
+
+def test_a_prior_takes_memory_for_its_logits():
+    """8 tokens of 100 words, twice in float32: 6.4 kB beside the 11.3 kB of a score."""
+    model = SimpleNamespace(**vars(MODEL) | {"config": SimpleNamespace(**vars(MODEL.config), vocab_size=100)})
+    found = plan.make(config(230_000, name="lamp", prior="a folder"), model, TRAINABLE, [batch(i, 8) for i in range(3)])
+    assert found.chunk == (130_000 - 3 * SHARED) // (2 * ACTIVATIONS + 6400) == 6
+
+
 def test_device_memory():
     assert plan.device_memory(config(3 * 2**30)) == 3 * 2**30
     assert plan.device_memory(config()) > 2**28

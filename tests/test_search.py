@@ -299,6 +299,33 @@ def test_drawn_starts_move_all_rows_together_and_later_ones_each_for_itself():
     assert orders(start_of(score, rows, fresh=False, permutations=6000, chunk=500)) == [[3, 2, 1, 0], [0, 2, 1, 3]]
 
 
+def by_hand(tokens):
+    """Every order that one of LAMP's moves makes of a few tokens: two swapped, or two neighbouring blocks exchanged."""
+    n, orders = len(tokens), set()
+    for i, j in itertools.combinations(range(n), 2):
+        swapped = list(tokens)
+        swapped[i], swapped[j] = swapped[j], swapped[i]
+        orders.add(tuple(swapped))
+    for i, j, k in itertools.combinations(range(n + 1), 3):
+        orders.add((*tokens[:i], *tokens[j:k], *tokens[i:j], *tokens[k:]))
+    return orders
+
+
+@pytest.mark.parametrize("free", [[0, 1, 1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0, 0, 0]])
+def test_a_reordering_is_one_of_lamps_moves_and_every_one_of_them_comes_up(free):
+    free = np.array(free, bool)
+    sources = np.asarray(jax.vmap(moves.reorder, (0, None))(jax.random.split(jax.random.key(0), 3000), free))
+    np.testing.assert_array_equal(sources[:, ~free], np.broadcast_to(np.nonzero(~free)[0], (3000, (~free).sum())))
+    found = {tuple(source[free]) for source in sources}
+    assert found == by_hand(tuple(np.nonzero(free)[0]))
+
+
+@pytest.mark.parametrize("free", [[0, 0, 0, 0], [0, 1, 0, 0]])
+def test_fewer_than_two_free_positions_stay(free):
+    sources = jax.vmap(moves.reorder, (0, None))(jax.random.split(jax.random.key(0), 50), np.array(free, bool))
+    np.testing.assert_array_equal(sources, np.broadcast_to(np.arange(4), (50, 4)))
+
+
 @pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 3, 6)])
 def test_nearest_is_the_largest_cosine_among_the_allowed(shape):
     rng = np.random.default_rng(0)
@@ -406,6 +433,20 @@ def test_a_step_projects_after_the_update_and_reports_the_loss_before_it():
     state, loss = search.step(search.init(jnp.float32(0.0)), jnp.float32(4.0))
     assert loss == 16
     assert state.candidate == 3  # the update reaches 4, the constraint allows 3
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.1])
+def test_the_best_iterate_is_the_one_of_lowest_loss(rate):
+    """By hand: x moves by `-2 rate x`, away from 0 at the higher rate; the last iterate is not scored."""
+    search = descent.descent(lambda x: x**2, optax.sgd(rate), lambda x: x, "best")
+    state = search.init(jnp.float32(1.0))
+    for _ in range(4):
+        state, _ = search.step(state)
+    iterates = (1 - 2 * rate) ** np.arange(5)
+    np.testing.assert_allclose(state.candidate, iterates[4], rtol=1e-4)
+    best = iterates[:4][np.argmin(iterates[:4] ** 2)]
+    np.testing.assert_allclose([state.chosen, state.best.loss], [best, best**2], rtol=1e-4)
+    assert descent.descent(lambda x: x**2, optax.sgd(rate), lambda x: x).init(jnp.float32(1.0)).chosen == 1
 
 
 def test_a_diverged_descent_carries_nan_without_an_error():

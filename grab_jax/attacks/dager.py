@@ -21,7 +21,6 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from grab_jax.attacks import span, span_evaluation
-from grab_jax.attacks.needs import Needs
 from grab_jax.attacks.span_evaluation import SPARE, UNSURE, Found
 from grab_jax.attacks.state import OnSegment
 from grab_jax.config import AttackConfig, Config
@@ -31,15 +30,6 @@ from grab_jax.span.assemble import WHOLE, Sentence
 from grab_jax.span.members import Member
 from grab_jax.span.rows import Row
 from grab_jax.types import Problem, Result
-
-NEEDS = Needs(
-    labels="no",
-    lengths="no",
-    batch_size="yes, for what does not fit",
-    dropout="off",
-    embedding_gradient="no",
-    auxiliary_data="no",
-)
 
 BLOCKS = 10
 """Layers whose gradients tell the rank: equal rows of a batch are one in the first layer and differ further up."""

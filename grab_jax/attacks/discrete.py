@@ -19,7 +19,7 @@ from grab_jax.types import Candidate, Problem
 def improve(job: Job, state: State, j: int) -> State:
     """Choose the best restart of batch j, add its tokens to the pools, and search them by beam."""
     r, config, problem = int(state.round), job.config, job.problems[j]
-    candidates = jax.device_get(programs.at(state.descent.candidate, j))
+    candidates = jax.device_get(programs.at(state.descent.chosen, j))
     known = problem.known
     tokens = np.where(known.pinned, known.ids, tokens_of(job, candidates.embeds))
     scores = [_scorer(job, j, programs.at(candidates, n))(tokens[n : n + 1])[0] for n in range(config.restarts)]
@@ -86,9 +86,6 @@ def _discrete_starts(job: Job, j: int, r: int, continuous, previous, free) -> In
 
 def _allowed(problem: Problem, pool: Bool[np.ndarray, " v"]) -> Int[np.ndarray, " p"]:
     """Tokens of a pool that may be placed: no special ones where lengths are known, else [PAD] and [SEP] always."""
-    vocabulary = problem.vocabulary
     pool = np.array(pool)
-    pool[[i for i in vocabulary.special if i < len(pool)]] = False
-    if not problem.lengths:
-        pool[[i for i in (vocabulary.pad, vocabulary.sep) if i is not None]] = True
-    return np.flatnonzero(pool).astype(np.int32)
+    pool[[i for i in problem.vocabulary.special if i < len(pool)]] = False
+    return np.flatnonzero(pool if problem.lengths else programs.ending(problem, pool)).astype(np.int32)

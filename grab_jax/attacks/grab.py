@@ -21,20 +21,11 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from grab_jax import masks
-from grab_jax.attacks import discrete, handover, programs
-from grab_jax.attacks.needs import Needs
+from grab_jax.attacks import discrete, handover, lamp, prior, programs
 from grab_jax.attacks.state import CONTINUOUS, DISCRETE, SELECT, Job, OnSegment, State, progress, round_keys, tokens_of
 from grab_jax.config import AttackConfig
+from grab_jax.search import descent
 from grab_jax.types import Candidate, Problem, Result
-
-NEEDS = Needs(
-    labels="told, else searched",
-    lengths="told, else the longest of the batch",
-    batch_size="yes",
-    dropout="its rate and sites; the masks are searched",
-    embedding_gradient="no",
-    auxiliary_data="no",
-)
 
 SEGMENT = 50
 """Continuous steps between two visits of the host (progress, checkpoint)."""
@@ -83,10 +74,11 @@ def start(keys: Key[Array, " k"], problems: Sequence[Problem], config: AttackCon
 
 
 def _job(keys, problems: Sequence[Problem], config: AttackConfig, on_segment: OnSegment | None) -> Job:
-    mesh = programs.mesh_for(len(problems), config.restarts)
-    compiled = programs.compiled(problems[0].model, config, problems[0].vocabulary.pad, mesh)
+    mesh, model = programs.mesh_for(len(problems), config.restarts), problems[0].model
+    judge = prior.load(config.prior, model.config.vocab_size, problems[0].known.ids.shape[1])
+    compiled = programs.compiled(model, config, problems[0].vocabulary, mesh, judge and judge.model)
     notify = on_segment or (lambda _state, _progress: None)
-    return Job(keys, problems, config, programs.stack(problems, config, mesh), compiled, notify)
+    return Job(keys, problems, config, programs.stack(problems, config, mesh, judge), compiled, notify)
 
 
 def _blank(job: Job) -> State:
@@ -161,18 +153,31 @@ def _before_start(job: Job, state: State, keys: Key[Array, "k n"]) -> Candidate:
 def _descend(job: Job, state: State) -> State:
     """One segment of the continuous phase."""
     k, r = len(job.problems), int(state.round)
-    stop = min(int(state.step) + SEGMENT, job.config.steps)
+    stop = min(int(state.step) + SEGMENT, lamp.following(job.config, int(state.step)), job.config.steps)
     mesh = job.programs.mesh
     begin = programs.fill(state.descent, mesh, programs.EACH), programs.fill(jnp.asarray(state.losses[:, r]), mesh)
     found, losses = programs.at(job.programs.run(*begin, state.step, stop, job.shared), slice(k))
+    if lamp.due(job.config, stop):
+        found = _move(job, found, r, stop)
     kept = np.array(state.losses)
     kept[:, r] = losses
     phase = DISCRETE if stop == job.config.steps else CONTINUOUS
     step = 0 if phase == DISCRETE else stop
     state = state._replace(descent=found, losses=kept, phase=np.int32(phase), step=np.int32(step))
-    ids = tokens_of(job, found.candidate.embeds[:, 0])
+    pinned = np.stack([problem.known.pinned for problem in job.problems])
+    told = np.stack([problem.known.ids for problem in job.problems])
+    ids = np.where(pinned, told, tokens_of(job, found.candidate.embeds[:, 0]))
     job.notify(state, progress(job, state, stop, kept[:, r, stop - 1], ids, phase="continuous"))
     return state
+
+
+def _move(job: Job, found: descent.State, r: int, step: int) -> descent.State:
+    """LAMP's discrete step after `step` continuous ones."""
+    keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, step), job.config.restarts))(
+        round_keys(job, r)[:, 0]
+    )
+    begin = programs.fill((keys, found), job.programs.mesh, programs.EACH)
+    return programs.at(job.programs.move(*begin, job.shared), slice(len(job.problems)))
 
 
 def _substitute(job: Job, state: State) -> State:

@@ -18,3 +18,37 @@ class Needs(NamedTuple):
     def sentence(self) -> str:
         """All of them, for the log of a run."""
         return "; ".join(f"{name.replace('_', ' ')}: {phrase}" for name, phrase in self._asdict().items())
+
+
+_SEARCH = Needs(
+    labels="told, else searched",
+    lengths="told, else the longest of the batch",
+    batch_size="yes",
+    dropout="its rate and sites; the masks are searched",
+    embedding_gradient="no",
+    auxiliary_data="no",
+)
+_PLAIN = _SEARCH._replace(dropout="ignored, or its rate with --attack_masks=learn")
+
+NEEDS = {
+    "grab": _SEARCH,
+    "dlg": _PLAIN,
+    "tag": _PLAIN,
+    "lamp": _PLAIN._replace(auxiliary_data="text or a causal language model for --attack_prior, if any"),
+    "span": Needs(
+        labels="no",
+        lengths="no",
+        batch_size="no",
+        dropout="on or off; its rate may be unknown",
+        embedding_gradient="no",
+        auxiliary_data="no",
+    ),
+    "dager": Needs(
+        labels="no",
+        lengths="no",
+        batch_size="yes, for what does not fit",
+        dropout="off",
+        embedding_gradient="no",
+        auxiliary_data="no",
+    ),
+}

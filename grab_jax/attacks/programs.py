@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from grab_jax import distances, masks, matching, views
+from grab_jax import distances, masks, matching, models, views
+from grab_jax.attacks import lamp, prior
 from grab_jax.config import AttackConfig
 from grab_jax.leaves import Seen
 from grab_jax.search import descent, starts, vocabulary
-from grab_jax.types import Candidate, Known, Problem
+from grab_jax.types import Candidate, Known, Params, Problem, Vocabulary
 
 CHUNK = 64
 """Candidates scored at once where the settings do not say."""
@@ -30,13 +31,16 @@ CHUNK = 64
 class Shared(NamedTuple):
     """The arrays every program reads: the weights, and what differs between client batches, stacked `[k ...]`.
 
-    `observed` is what is matched of the updates, factored where that is exact.
+    `observed` is what is matched of the updates, factored where that is exact; `prior` the parameters of the language
+    model that judges, or None, and `allowed` the tokens that embeddings may become.
     """
 
     trainable: dict[str, Array]
     frozen: dict[str, Array]
     observed: dict[str, Seen]
     known: Known
+    prior: Params | None
+    allowed: Bool[Array, " v"]
 
 
 class Programs(NamedTuple):
@@ -44,7 +48,8 @@ class Programs(NamedTuple):
 
     `choose(keys, candidates, ids, fresh, i, shared)` is a start for the i-th batch of every device, all restarts: drawn
     if `fresh`, else from the tokens `ids`; `init(candidates)` begins a descent and `run(state, losses, step, stop,
-    shared)` advances it; `tokens(embeds, table)` are the nearest tokens and their cosines; `score(ids, candidate,
+    shared)` advances it, and `move(keys, state, shared)` moves its words; `tokens(embeds, table, allowed)` are the
+    nearest tokens and their cosines; `score(ids, candidate,
     context)` rates token batches `[n b t]` against the batch of `context`.
     """
 
@@ -52,6 +57,7 @@ class Programs(NamedTuple):
     choose: Callable[..., Candidate]
     init: Callable[..., descent.State]
     run: Callable[..., tuple[descent.State, Array]]
+    move: Callable[..., descent.State]
     tokens: Callable[..., tuple[Array, Array]]
     score: Callable[..., Array]
 
@@ -63,7 +69,7 @@ EACH = PartitionSpec("k", "n")
 """Placement of arrays `[k n ...]`: client batches over the rows of the mesh, restarts over its columns."""
 
 _SPLIT, _WHOLE, _ALL = PartitionSpec("k"), PartitionSpec(), PartitionSpec(("k", "n"))
-_SHARED = Shared(_WHOLE, _WHOLE, _SPLIT, _SPLIT)
+_SHARED = Shared(_WHOLE, _WHOLE, _SPLIT, _SPLIT, _WHOLE, _WHOLE)
 
 
 def mesh_for(batches: int, restarts: int = 1) -> Mesh:
@@ -74,7 +80,7 @@ def mesh_for(batches: int, restarts: int = 1) -> Mesh:
     return Mesh(np.array(devices[: k * n]).reshape(k, n), ("k", "n"))
 
 
-def stack(problems: Sequence[Problem], config: AttackConfig, mesh: Mesh) -> Shared:
+def stack(problems: Sequence[Problem], config: AttackConfig, mesh: Mesh, judge: prior.Prior | None = None) -> Shared:
     """Put problems of one shape side by side on the mesh, the last one repeated to fill it; weights are replicated."""
     rows = problems[0].known.ids.size
     seen = views.seen([p.observed for p in problems], rows, config.view, config.layers)
@@ -83,8 +89,25 @@ def stack(problems: Sequence[Problem], config: AttackConfig, mesh: Mesh) -> Shar
     observed = jax.tree.map(together, *seen)
     known = jax.tree.map(together, *[p.known for p in problems])
     whole, split = NamedSharding(mesh, _WHOLE), NamedSharding(mesh, _SPLIT)
-    weights = jax.device_put((dict(problems[0].trainable), dict(problems[0].frozen)), whole)
-    return Shared(*weights, *jax.device_put((observed, known), split))
+    words = judge and judge.params, allowed(problems[0], config)
+    weights, words = jax.device_put(((dict(problems[0].trainable), dict(problems[0].frozen)), words), whole)
+    return Shared(*weights, *jax.device_put((observed, known), split), *words)
+
+
+def allowed(problem: Problem, config: AttackConfig) -> Bool[np.ndarray, " v"]:
+    """Tokens that embeddings may become; without special ones, but for those that end a sentence of unknown length."""
+    special = [i for i in problem.vocabulary.special if i < problem.model.config.vocab_size]
+    found = np.ones(problem.model.config.vocab_size, bool)
+    if config.vocabulary == "words":
+        found[special] = False
+    return found if problem.lengths else ending(problem, found)
+
+
+def ending(problem: Problem, tokens: Bool[np.ndarray, " v"]) -> Bool[np.ndarray, " v"]:
+    """The tokens with those that end a sentence: padding and the separator."""
+    tokens = np.array(tokens)
+    tokens[[i for i in (problem.vocabulary.pad, problem.vocabulary.sep) if i is not None]] = True
+    return tokens
 
 
 def fill(tree: Any, mesh: Mesh, spec: PartitionSpec = _SPLIT) -> Any:
@@ -117,16 +140,17 @@ def word_table(model: Any, trainable: dict[str, Array], frozen: dict[str, Array]
 
 
 @lru_cache(maxsize=8)
-def compiled(model: Any, config: AttackConfig, pad: int, mesh: Mesh) -> Programs:
+def compiled(model: Any, config: AttackConfig, words: Vocabulary, mesh: Mesh, judge: models.Model | None) -> Programs:
     """The programs of one model and setting; the same arguments give the same (already compiled) functions."""
     distance = distances.by_name(config.distance, config.l1)
     objective = matching.embedding_objective(model, distance, config.precision)
+    objective = matching.with_norm_penalty(model, objective, config.norm_weight)
     optimizer = descent.adamw(
         config.steps, lr=config.lr, schedule=config.schedule, decay=config.decay,
         decay_every=config.decay_every, weight_decay=config.weight_decay, clip=config.clip,
     )  # fmt: skip
-    search = descent.descent(objective, optimizer, lambda *args: project(model, *args))
-    token_score = matching.token_objective(model, distance, pad, config.precision)
+    search = descent.descent(objective, optimizer, lambda *args: project(model, *args), config.keep)
+    token_score = matching.token_objective(model, distance, words.pad, config.precision)
 
     def score(ids, candidate, context):
         return jax.vmap(lambda one: token_score(one, candidate.masks, candidate.labels, *context))(ids)
@@ -140,6 +164,7 @@ def compiled(model: Any, config: AttackConfig, pad: int, mesh: Mesh) -> Programs
         choose=split(_start(model, config, objective), EACH, EACH, _SPLIT, _WHOLE, _WHOLE, _SHARED, out=EACH),
         init=jax.jit(jax.vmap(jax.vmap(search.init))),
         run=split(_descent(search, config.together), EACH, _SPLIT, _WHOLE, _WHOLE, _SHARED, out=(EACH, _SPLIT)),
+        move=split(_move(model, config, lamp.rating(objective, config, judge, words)), EACH, EACH, _SHARED, out=EACH),
         tokens=jax.jit(vocabulary.nearest),
         score=split(score, _ALL, _WHOLE, _WHOLE, out=_ALL),
     )
@@ -156,7 +181,7 @@ def _start(model: Any, config: AttackConfig, objective: matching.Objective):
     def choose(keys, candidates, ids, fresh, i, shared):
         context = shared.trainable, shared.frozen, at(shared.observed, i), at(shared.known, i)
         table, known = word_table(model, *context[:2]), context[3]
-        norm = jnp.linalg.norm(table, axis=1).mean()
+        norm = jnp.linalg.norm(table, axis=1).mean() if config.start_norm == "vocabulary" else None
         held = starts.Known(table[known.ids], known.ids >= 0, known.free, norm)
 
         def one(pair):
@@ -188,7 +213,7 @@ def _descent(search: descent.Descent, together: int | None):
 
         def body(carry):
             state, losses, i = carry
-            state, loss = over_batches(state, *shared)
+            state, loss = over_batches(state, *shared[:4])
             return state, losses.at[:, i].set(jnp.nanmin(loss, axis=1)), i + 1
 
         state, losses, _ = jax.lax.while_loop(lambda carry: carry[2] < stop, body, (state, losses, step))
@@ -196,6 +221,24 @@ def _descent(search: descent.Descent, together: int | None):
         return state, jnp.where(jnp.isinf(best), jnp.nan, best)
 
     return run
+
+
+def _move(model: Any, config: AttackConfig, rate: lamp.Rate):
+    """LAMP's discrete step, for one client batch and restart after another."""
+    move = lamp.mover(rate, config, min(config.chunk or CHUNK, config.moves + 1))
+
+    def over_batches(keys, state, shared):
+        table = word_table(model, shared.trainable, shared.frozen)
+
+        def one_batch(args):
+            keys, state, *own = args
+            context = shared.trainable, shared.frozen, *own
+            one = lambda pair: move(*pair, table, shared.allowed, shared.prior, context)  # noqa: E731
+            return jax.lax.map(one, (keys, state))
+
+        return jax.lax.map(one_batch, (keys, state, shared.observed, shared.known))
+
+    return over_batches
 
 
 def project(model: Any, candidate: Candidate, trainable, frozen, _observed, known: Known) -> Candidate:

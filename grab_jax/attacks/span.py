@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from grab_jax.attacks import last_token, span_evaluation
-from grab_jax.attacks.needs import Needs
 from grab_jax.attacks.span_evaluation import Found
 from grab_jax.attacks.state import OnSegment, Progress
 from grab_jax.config import AttackConfig
@@ -31,15 +30,6 @@ from grab_jax.span.rows import Row
 from grab_jax.types import Problem, Result
 
 Notify = Callable[[int, int], None]
-
-NEEDS = Needs(
-    labels="no",
-    lengths="no",
-    batch_size="no",
-    dropout="on or off; its rate may be unknown",
-    embedding_gradient="no",
-    auxiliary_data="no",
-)
 
 
 def attack(

@@ -77,9 +77,9 @@ def round_keys(job: Job, r: int) -> Key[Array, "k 2"]:
 
 
 def tokens_of(job: Job, embeds: Float[Array | np.ndarray, "... t d"]) -> Int[np.ndarray, "... t"]:
-    """The nearest tokens of word embeddings."""
+    """The nearest tokens of word embeddings, among those allowed."""
     table = programs.word_table(job.problems[0].model, job.shared.trainable, job.shared.frozen)
-    return np.asarray(job.programs.tokens(np.asarray(embeds), table)[0])
+    return np.asarray(job.programs.tokens(np.asarray(embeds), table, job.shared.allowed)[0])
 
 
 def progress(job: Job, state: State, step: int, loss, ids, phase: str | None = None) -> Progress:

@@ -90,6 +90,13 @@ def read_config(folder: Path) -> Any:
         raise InputError(f"{path} is not a valid {kind} config: {' '.join(str(error).split())}") from error
 
 
+def gpt2_config(words: int, width: int, layers: int, heads: int, positions: int, **special: int | None) -> Any:
+    """The config of a GPT-2 of any size over `words` tokens; `special` are `bos_token_id` and its kin."""
+    from transformers import GPT2Config
+
+    return GPT2Config(vocab_size=words, n_embd=width, n_layer=layers, n_head=heads, n_positions=positions, **special)
+
+
 def hf_names(model: Any, params: Params) -> dict[str, str]:
     """Our `"/"`-joined path -> the Hugging Face tensor name."""
     leaves = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}

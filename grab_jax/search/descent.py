@@ -11,11 +11,24 @@ import optax
 from jaxtyping import Array, Float
 
 
+class Best(NamedTuple):
+    """The candidate of lowest loss so far, and its loss."""
+
+    candidate: Any
+    loss: Float[Array, ""]
+
+
 class State(NamedTuple):
-    """What the next step needs."""
+    """What the next step needs; `best` is None where the last candidate is what counts."""
 
     candidate: Any
     optimizer: Any
+    best: Best | None = None
+
+    @property
+    def chosen(self) -> Any:
+        """The best candidate where it is kept, else the last."""
+        return self.candidate if self.best is None else self.best.candidate
 
 
 class Descent(NamedTuple):
@@ -29,22 +42,32 @@ def descent(
     objective: Callable[..., Float[Array, ""]],
     optimizer: optax.GradientTransformation,
     project: Callable[..., Any],
+    keep: str = "last",
 ) -> Descent:
     """Minimise `objective(candidate, *context)`; after each update `project(candidate, *context)` restores constraints.
 
-    The loss returned is that of the candidate before the step. Nothing raises: a diverged run carries NaN.
+    The loss returned is that of the candidate before the step. Nothing raises: a diverged run carries NaN. With
+    `keep="best"` the state also holds the candidate of lowest loss, of those that a step began with.
     """
 
     def init(candidate: Any) -> State:
-        return State(candidate, optimizer.init(candidate))
+        best = Best(jax.tree.map(jnp.copy, candidate), jnp.inf * jnp.ones(())) if keep == "best" else None
+        return State(candidate, optimizer.init(candidate), best)
 
     def step(state: State, *context: Any) -> tuple[State, Float[Array, ""]]:
         loss, gradient = jax.value_and_grad(objective)(state.candidate, *context)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.candidate)
         candidate = project(optax.apply_updates(state.candidate, updates), *context)
-        return State(candidate, optimizer_state), loss
+        return State(candidate, optimizer_state, _better(state, loss)), loss
 
     return Descent(init, step)
+
+
+def _better(state: State, loss: Float[Array, ""]) -> Best | None:
+    if state.best is None:
+        return None
+    wins = loss < state.best.loss
+    return jax.tree.map(lambda new, old: jnp.where(wins, new, old), Best(state.candidate, loss), state.best)
 
 
 def adamw(

@@ -15,12 +15,15 @@ Score = Callable[[Float[Array, "b t d"]], Float[Array, ""]]
 
 
 class Known(NamedTuple):
-    """What every start respects: `anchors` at the `anchored` positions, only `free` ones move, all of `norm`."""
+    """What every start respects: `anchors` at the `anchored` positions, only `free` ones move.
+
+    All have the norm `norm`; None leaves draws and anchors as they are.
+    """
 
     anchors: Float[Array, "b t d"]
     anchored: Bool[Array, "b t"]
     free: Bool[Array, "b t"]
-    norm: Float[Array, ""]
+    norm: Float[Array, ""] | None
 
 
 def choose(
@@ -36,8 +39,8 @@ def choose(
 ) -> Float[Array, "b t d"]:
     """The embeddings a search begins with (Grab, section 4.2), in one loop whatever `fresh` is.
 
-    If `fresh`, the best of `1 + candidates` draws of N(0, 1), rescaled to the mean norm of the vocabulary, and then of
-    it and `permutations` rearrangements of its free positions, one order for all rows. Otherwise the best of `embeds`
+    If `fresh`, the best of `1 + candidates` draws of N(0, 1), rescaled to `known.norm`, and then of it and
+    `permutations` rearrangements of its free positions, one order for all rows. Otherwise the best of `embeds`
     and `permutations` rearrangements of it, an order for each row.
     """
     fresh = jnp.asarray(fresh)
@@ -63,6 +66,8 @@ def choose(
 
 def _drawn(key, known: Known, *_):
     embeds = jnp.where(known.anchored[..., None], known.anchors, jax.random.normal(key, known.anchors.shape))
+    if known.norm is None:
+        return embeds
     return embeds * known.norm / jnp.linalg.norm(embeds, axis=-1, keepdims=True)
 
 
