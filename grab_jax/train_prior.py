@@ -133,7 +133,7 @@ def encode(found: list[str], tokenizer: Any, length: int) -> Rows:
     return rows
 
 
-def split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
+def split(rows: Rows, share: float, seed: int) -> tuple[Int[np.ndarray, "m t"], Int[np.ndarray, "k t"]]:
     """Rows to train on and rows held out.
 
     Raises:
@@ -154,7 +154,7 @@ def _descend(config: TrainPriorConfig, model, vocabulary: Vocabulary, rows: Rows
     rate = optax.warmup_cosine_decay_schedule(0.0, config.lr, math.ceil(WARM_UP * config.steps), config.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01))
     step = _step(model, optimizer, vocabulary)
-    params = model.init(jax.random.key(config.seed))
+    params = jax.jit(model.init)(jax.random.key(config.seed))
     state, keeper = State(params, optimizer.init(params), np.zeros((), np.int32), np.zeros(())), Checkpoints(saved)
     try:
         state = _restored(keeper, state, display)

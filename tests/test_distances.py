@@ -80,7 +80,8 @@ def reference(name, matrix, observed, weight=0.01):
         return 1 - (matrix * observed).sum() / (size(matrix) * size(observed))
     if name == "normalised":
         matrix, observed = matrix / size(matrix), observed / size(observed)
-    return size(matrix - observed) + (0 if name == "l2" else weight * jnp.abs(matrix - observed).sum())
+    gap = size(matrix - observed) ** (2 if name.startswith("squared") else 1)
+    return gap + (0 if name in ("l2", "squared") else weight * jnp.abs(matrix - observed).sum())
 
 
 def factors(shape, seed=0, leading=()):
