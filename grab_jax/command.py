@@ -40,7 +40,8 @@ def refuse(sentence: str) -> int:
 def entry(main: Callable[[list[str]], int], settings: Any) -> None:
     """Define the flags of a tree of settings, read the command line, and start."""
     flags.define(settings)
-    absl_flags.adopt_module_key_flags(flags)  # --helpshort shows them
+    for leaf in flags.leaves(settings):  # --helpshort shows those of the program that was started
+        absl_flags.FLAGS.register_key_flag_for_module(sys.argv[0], absl_flags.FLAGS[leaf.flag])
     app.run(main, flags_parser=_parse)
 
 

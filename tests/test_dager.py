@@ -341,7 +341,6 @@ def test_a_whole_run_on_odd_text(odd, tmp_path, dropout):
             assert {tuple(p["tokens"]) for p in record["predictions"]} == {
                 tuple(s["tokens"]) for s in record["sentences"]
             }
-            assert all(s["certified"] for s in record["evidence"]["sentences"])
             assert len(record["predictions"]) == len(texts)
     summary = json.loads((where / "summary.json").read_text())
     assert summary["outcome"] == ("not testable" if dropout else "leak shown")
