@@ -314,7 +314,9 @@ def by_hand(tokens):
 @pytest.mark.parametrize("free", [[0, 1, 1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0, 0, 0]])
 def test_a_reordering_is_one_of_lamps_moves_and_every_one_of_them_comes_up(free):
     free = np.array(free, bool)
-    sources = np.asarray(jax.vmap(moves.reorder, (0, None))(jax.random.split(jax.random.key(0), 3000), free))
+    sources = np.asarray(
+        jax.vmap(moves.reorder, (0, None))(jax.random.split(jax.random.key(0), 3000), jnp.asarray(free))
+    )
     np.testing.assert_array_equal(sources[:, ~free], np.broadcast_to(np.nonzero(~free)[0], (3000, (~free).sum())))
     found = {tuple(source[free]) for source in sources}
     assert found == by_hand(tuple(np.nonzero(free)[0]))
@@ -322,7 +324,7 @@ def test_a_reordering_is_one_of_lamps_moves_and_every_one_of_them_comes_up(free)
 
 @pytest.mark.parametrize("free", [[0, 0, 0, 0], [0, 1, 0, 0]])
 def test_fewer_than_two_free_positions_stay(free):
-    sources = jax.vmap(moves.reorder, (0, None))(jax.random.split(jax.random.key(0), 50), np.array(free, bool))
+    sources = jax.vmap(moves.reorder, (0, None))(jax.random.split(jax.random.key(0), 50), jnp.array(free, bool))
     np.testing.assert_array_equal(sources, np.broadcast_to(np.arange(4), (50, 4)))
 
 
