@@ -29,26 +29,21 @@ _SEARCH = Needs(
     auxiliary_data="no",
 )
 _PLAIN = _SEARCH._replace(dropout="ignored, or its rate with --attack_masks=learn")
+_DECODED = Needs(
+    labels="no",
+    lengths="no",
+    batch_size="no",
+    dropout="on or off; its rate may be unknown",
+    embedding_gradient="no",
+    auxiliary_data="no",
+)
 
 NEEDS = {
     "grab": _SEARCH,
     "dlg": _PLAIN,
     "tag": _PLAIN,
     "lamp": _PLAIN._replace(auxiliary_data="text or a causal language model for --attack_prior, if any"),
-    "span": Needs(
-        labels="no",
-        lengths="no",
-        batch_size="no",
-        dropout="on or off; its rate may be unknown",
-        embedding_gradient="no",
-        auxiliary_data="no",
-    ),
-    "dager": Needs(
-        labels="no",
-        lengths="no",
-        batch_size="yes, for what does not fit",
-        dropout="off",
-        embedding_gradient="no",
-        auxiliary_data="no",
-    ),
+    "span": _DECODED,
+    "dager": _DECODED._replace(batch_size="yes, for what does not fit", dropout="off"),
 }
+"""Of every attack by its name."""
