@@ -50,7 +50,7 @@ def per_step(many: list, attack: AttackConfig) -> float:
     keys = jax.random.split(jax.random.key(1), len(many))
     mesh = programs.mesh_for(len(many))
     shared, state = programs.stack(many, attack, mesh), grab.start(keys, many, attack)
-    compiled = programs.compiled(many[0].model, attack, many[0].vocabulary.pad, mesh)
+    compiled = programs.compiled(many[0].model, attack, many[0].vocabulary, mesh, None)
     draws = jax.random.normal(jax.random.key(2), state.descent.candidate.embeds.shape)
     candidate = state.descent.candidate._replace(embeds=draws)
     begin, losses = compiled.init(candidate), jnp.zeros((len(many), attack.steps))
@@ -62,7 +62,7 @@ def per_score(problem, attack: AttackConfig) -> float:
     """Milliseconds of scoring one candidate, a chunk at a time."""
     mesh = programs.mesh_for(TOGETHER.value)
     context = programs.context(0, mesh, programs.stack([problem], attack, mesh))
-    compiled = programs.compiled(problem.model, attack, problem.vocabulary.pad, mesh)
+    compiled = programs.compiled(problem.model, attack, problem.vocabulary, mesh, None)
     candidate = programs.at(grab.start(jax.random.split(jax.random.key(1), 1), [problem], attack).solution, 0)
     ids = jnp.tile(problem.known.ids.clip(0), (programs.CHUNK, 1, 1))
     return 1e3 * _median(lambda: jax.block_until_ready(compiled.score(ids, candidate, context))) / programs.CHUNK
