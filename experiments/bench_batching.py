@@ -18,8 +18,9 @@ import numpy as np
 from absl import app, flags
 
 from grab_jax import data, models, simulate, tuning
+from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import grab, programs
-from grab_jax.config import AttackConfig, Config, ModelConfig
+from grab_jax.config import Config, ModelConfig
 from grab_jax.types import Batch
 
 MODEL = flags.DEFINE_string("model", "builtin:bert-mini", "model to attack")

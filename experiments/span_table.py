@@ -18,8 +18,8 @@ import numpy as np
 from absl import app, flags, logging
 
 from grab_jax import evidence, report, run
+from grab_jax.attack_config import AttackConfig
 from grab_jax.config import (
-    AttackConfig,
     ClientConfig,
     Config,
     DataConfig,

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from grab_jax import about, distances, matching, plan, run, views
-from grab_jax.config import AttackConfig, Config
+from grab_jax.attack_config import AttackConfig
+from grab_jax.config import Config
 from grab_jax.span.scaling import bucket
 from grab_jax.types import Batch
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from absl import flags
 
-from grab_jax import config as settings
-from grab_jax.config import AttackConfig, Config
+from grab_jax import attack_config
+from grab_jax.attack_config import AttackConfig
+from grab_jax.config import Config
 from grab_jax.types import InputError
 
 T = typing.TypeVar("T")
@@ -45,7 +46,7 @@ def leaves(config: Any, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
         else:
             parts = here[:-1] if field.name == "name" else here
             own, text = field.metadata.get("own", False), field.metadata["help"]
-            text = f"{text}; default: {settings.default(field)}" if own else text
+            text = f"{text}; default: {attack_config.default(field)}" if own else text
             yield Leaf(here, "_".join(parts), hints[field.name], value, text, own)
 
 
@@ -104,7 +105,7 @@ def parsed(values: flags.FlagValues = flags.FLAGS, kind: type[T] = Config, *, at
     if ATTACK in found:
         found[ATTACK] = attack or attacks(values)[0]
     if attack is not None:
-        for name, (owner, other) in settings.FOR_ONE.items():
+        for name, (owner, other) in attack_config.FOR_ONE.items():
             found[ATTACK[0], name] = found[ATTACK[0], name] if attack == owner else other
     return build(found, kind)
 

@@ -113,8 +113,21 @@ def square_norm(leaf: Leaf, seen: Seen | None = None) -> Float[Array, ""]:
     if not isinstance(leaf, Outer):
         return jnp.vdot(leaf, leaf)
     if thin(len(leaf.x), leaf.x.shape[1], leaf.dy.shape[1]):
-        return jnp.vdot(leaf.x @ leaf.x.T, leaf.dy @ leaf.dy.T)
+        return _outer_square(*leaf)
     return kernel.residual_norms(*leaf)[0]
+
+
+@jax.custom_jvp
+def _outer_square(x: Float[Array, "n i"], dy: Float[Array, "n o"]) -> Float[Array, ""]:
+    """Sum of squares of `x.T @ dy` from the Gram matrices; symmetric, so the rule needs half the products."""
+    return jnp.vdot(x @ x.T, dy @ dy.T)
+
+
+@_outer_square.defjvp
+def _outer_square_jvp(primals: tuple, tangents: tuple) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    (x, dy), (along_x, along_dy) = primals, tangents
+    gram_x, gram_dy = x @ x.T, dy @ dy.T
+    return jnp.vdot(gram_x, gram_dy), 2 * (jnp.vdot(gram_dy @ x, along_x) + jnp.vdot(gram_x @ dy, along_dy))
 
 
 def seen_square_norm(seen: Seen) -> Float[Array, ""]:

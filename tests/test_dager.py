@@ -13,8 +13,9 @@ from test_run import do, quick, records, xla  # noqa: F401  # fixtures of whole 
 from test_span_attack import certified, drawn, replaced, sentences_of
 
 from grab_jax import dry_run, models, simulate, tuning
+from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import ATTACKS, dager
-from grab_jax.config import AttackConfig, ClientConfig, Config
+from grab_jax.config import ClientConfig, Config
 from grab_jax.models import first_attention
 from grab_jax.span import context, enumeration, subspace
 

@@ -149,12 +149,10 @@ def test_square_norm_turns_to_gram_matrices_where_they_are_smaller():
 
     def steps_in(shape):
         program = jax.make_jaxpr(lambda x, dy: leaves.square_norm(Outer(x, dy)))(*factors(shape)[:2])
-        shapes = {variable.aval.shape for equation in program.eqns for variable in equation.outvars}
-        return shapes, {equation.primitive.name for equation in program.eqns}
+        return {equation.primitive.name for equation in program.eqns}
 
-    assert (2, 2) in steps_in((2, 9, 7))[0]
-    assert steps_in((2, 9, 7))[1].isdisjoint({"custom_vjp_call", "custom_vjp_call_jaxpr"})
-    assert steps_in((12, 4, 3))[1] == {"custom_vjp_call"}
+    assert steps_in((2, 9, 7)) == {"custom_jvp_call"}
+    assert steps_in((12, 4, 3)) == {"custom_vjp_call"}
 
 
 @partial(jax.jit, static_argnums=0)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grab_jax import flags
-from grab_jax.config import AttackConfig, ClientConfig, Config, DataConfig, ModelConfig, RunConfig
+from grab_jax.attack_config import AttackConfig
+from grab_jax.config import ClientConfig, Config, DataConfig, ModelConfig, RunConfig
 from grab_jax.types import InputError
 
 ROOT = Path(__file__).parents[1]

@@ -14,9 +14,10 @@ import pytest
 from goldens import golden as goldens
 
 from grab_jax import client, distances, matching, models, simulate, tuning
+from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import discrete, grab, programs
 from grab_jax.attacks import state as attack_state
-from grab_jax.config import AttackConfig, ClientConfig, Config, KnownConfig
+from grab_jax.config import ClientConfig, Config, KnownConfig
 from grab_jax.data import ClientBatch, Sentence
 from grab_jax.types import Batch, Result, Vocabulary
 

@@ -12,8 +12,8 @@ from test_run import TEXTS, do, records
 from test_span_attack import folder, settings  # noqa: F401  # fixtures
 
 from grab_jax import masks
+from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import discrete, grab, handover, programs, span
-from grab_jax.config import AttackConfig
 from grab_jax.span.rows import Row
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

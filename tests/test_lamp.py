@@ -10,8 +10,9 @@ from goldens import golden as goldens
 from test_grab import BERT, CLS, EASY, GPT2, PAD, SEP, accuracy, keys, made, one_layer, same
 
 from grab_jax import matching, models
+from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import ATTACKS, lamp, prior, programs
-from grab_jax.config import AttackConfig, KnownConfig
+from grab_jax.config import KnownConfig
 from grab_jax.search import descent
 from grab_jax.types import Candidate, InputError, Known
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grab_jax import plan
-from grab_jax.config import AttackConfig, Config, RunConfig
+from grab_jax.attack_config import AttackConfig
+from grab_jax.config import Config, RunConfig
 from grab_jax.data import ClientBatch
 from grab_jax.types import Batch
 

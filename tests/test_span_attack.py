@@ -17,8 +17,8 @@ from test_run import TEXTS, do, records
 from words import VOCABULARY, save_tokenizer
 
 from grab_jax import defenses, models, tuning
+from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import ATTACKS, span, span_evaluation
-from grab_jax.config import AttackConfig
 from grab_jax.models import first_attention
 from grab_jax.types import Problem, Result
 

@@ -20,10 +20,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import span, span_evaluation
 from grab_jax.attacks.span_evaluation import SPARE, UNSURE, Found
 from grab_jax.attacks.state import OnSegment
-from grab_jax.config import AttackConfig, Config
+from grab_jax.config import Config
 from grab_jax.models import first_attention
 from grab_jax.span import enumeration, members, subspace
 from grab_jax.span.assemble import WHOLE, Sentence

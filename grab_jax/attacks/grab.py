@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from grab_jax import masks
+from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import discrete, handover, lamp, prior, programs
 from grab_jax.attacks.state import CONTINUOUS, DISCRETE, SELECT, Job, OnSegment, State, progress, round_keys, tokens_of
-from grab_jax.config import AttackConfig
 from grab_jax.search import descent
 from grab_jax.types import Candidate, Problem, Result
 

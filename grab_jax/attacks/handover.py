@@ -22,11 +22,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from grab_jax import distances, masks, matching
+from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import span
 from grab_jax.attacks.seating import Seats, seat
 from grab_jax.attacks.span_evaluation import SPARE, Found
 from grab_jax.attacks.state import OnSegment, State
-from grab_jax.config import AttackConfig
 from grab_jax.span.decode import ACCEPT
 from grab_jax.span.rows import Row
 from grab_jax.types import Known, Masks, Problem, Result

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grab_jax import matching, models
+from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import prior
-from grab_jax.config import AttackConfig
 from grab_jax.search import descent, moves, scoring, vocabulary
 from grab_jax.types import Candidate, Vocabulary
 

@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from grab_jax import distances, masks, matching, models, views
+from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import lamp, prior
-from grab_jax.config import AttackConfig
 from grab_jax.leaves import Seen
 from grab_jax.search import descent, starts, vocabulary
 from grab_jax.types import Candidate, Known, Params, Problem, Vocabulary

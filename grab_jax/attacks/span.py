@@ -17,10 +17,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import last_token, span_evaluation
 from grab_jax.attacks.span_evaluation import Found
 from grab_jax.attacks.state import OnSegment, Progress
-from grab_jax.config import AttackConfig
 from grab_jax.models import first_attention
 from grab_jax.span import assemble, completion, rate, subspace
 from grab_jax.span.assemble import WHOLE, Sentence

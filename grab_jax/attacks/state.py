@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import programs
-from grab_jax.config import AttackConfig
 from grab_jax.search import descent
 from grab_jax.types import Candidate, Problem
 
