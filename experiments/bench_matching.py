@@ -123,27 +123,10 @@ def compiled(name: str, function: Callable, args: tuple) -> Row:
 
 
 def torch_row(made: Setup, restarts: int) -> Row:
-    """Plain PyTorch: gradient with a graph, mean cosine distance over tensors, backward to the embeddings."""
-    import torch
-    from transformers import BertForSequenceClassification
+    """The same steps in plain PyTorch, one after another."""
+    import plain_torch
 
-    torch.manual_seed(0)
-    network = BertForSequenceClassification._from_config(made.model.config, attn_implementation="eager").eval()
-    tables = ("word_embeddings", "position_embeddings")
-    weights = [value for name, value in network.named_parameters() if not any(table in name for table in tables)]
-    words, labels = network.get_input_embeddings().weight.detach(), torch.zeros(1, dtype=torch.long)
-    start = words[torch.tensor(np.array(made.ids))]
-    gradient = lambda embeds, graph: torch.autograd.grad(  # noqa: E731
-        network(inputs_embeds=embeds, labels=labels).loss, weights, create_graph=graph
-    )
-    observed = [value.detach() for value in gradient(start, False)]
-
-    def step():
-        embeds = (start + 0.01 * torch.randn_like(start)).requires_grad_()
-        ours = gradient(embeds, True)
-        angles = [1 - (a * b).sum() / (a.norm() * b.norm() + 1e-12) for a, b in zip(ours, observed, strict=True)]
-        sum(angles).backward(inputs=[embeds])
-
+    step = plain_torch.rival(made.model.config, np.array(made.ids)).step
     return Row("torch", lambda: [step() for _ in range(restarts)], None)
 
 
