@@ -19,7 +19,7 @@ from grab_jax.types import Candidate, Problem
 def improve(job: Job, state: State, j: int) -> State:
     """Choose the best restart of batch j, add its tokens to the pools, and search them by beam."""
     r, config, problem = int(state.round), job.config, job.problems[j]
-    candidates = jax.device_get(programs.at(state.descent.chosen, j))
+    candidates = programs.at(jax.device_get(state.descent.chosen), j)
     known = problem.known
     tokens = np.where(known.pinned, known.ids, tokens_of(job, candidates.embeds))
     scores = [_scorer(job, j, programs.at(candidates, n))(tokens[n : n + 1])[0] for n in range(config.restarts)]

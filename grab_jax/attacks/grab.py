@@ -156,7 +156,7 @@ def _descend(job: Job, state: State) -> State:
     stop = min(int(state.step) + SEGMENT, lamp.following(job.config, int(state.step)), job.config.steps)
     mesh = job.programs.mesh
     begin = programs.fill(state.descent, mesh, programs.EACH), programs.fill(jnp.asarray(state.losses[:, r]), mesh)
-    found, losses = programs.at(job.programs.run(*begin, state.step, stop, job.shared), slice(k))
+    found, losses = programs.first(job.programs.run(*begin, state.step, stop, job.shared), k)
     if lamp.due(job.config, stop):
         found = _move(job, found, r, stop)
     kept = np.array(state.losses)
@@ -166,7 +166,7 @@ def _descend(job: Job, state: State) -> State:
     state = state._replace(descent=found, losses=kept, phase=np.int32(phase), step=np.int32(step))
     pinned = np.stack([problem.known.pinned for problem in job.problems])
     told = np.stack([problem.known.ids for problem in job.problems])
-    ids = np.where(pinned, told, tokens_of(job, found.candidate.embeds[:, 0]))
+    ids = np.where(pinned, told, tokens_of(job, np.asarray(found.candidate.embeds)[:, 0]))
     job.notify(state, progress(job, state, stop, kept[:, r, stop - 1], ids, phase="continuous"))
     return state
 
@@ -177,7 +177,7 @@ def _move(job: Job, found: descent.State, r: int, step: int) -> descent.State:
         round_keys(job, r)[:, 0]
     )
     begin = programs.fill((keys, found), job.programs.mesh, programs.EACH)
-    return programs.at(job.programs.move(*begin, job.shared), slice(len(job.problems)))
+    return programs.first(job.programs.move(*begin, job.shared), len(job.problems))
 
 
 def _substitute(job: Job, state: State) -> State:

@@ -113,14 +113,37 @@ def ending(problem: Problem, tokens: Bool[np.ndarray, " v"]) -> Bool[np.ndarray,
 def fill(tree: Any, mesh: Mesh, spec: PartitionSpec = _SPLIT) -> Any:
     """Split the leading axis over the mesh (and the next by `spec`), the last entry repeated until the mesh divides it.
 
-    Always on the mesh: a program sees one placement, and is traced once.
+    Always on the mesh: a program sees one placement, and is traced once. Filled on the host: operations on leaves that
+    are split would be collectives, and several of those in flight can wait for each other for ever (CPU devices abort).
     """
-    missing = lambda leaf: -leaf.shape[0] % mesh.shape["k"]  # noqa: E731
-    filled = jax.tree.map(
-        lambda leaf: jnp.concatenate([leaf, jnp.repeat(leaf[-1:], missing(leaf), axis=0)]) if missing(leaf) else leaf,
-        tree,
-    )
-    return jax.device_put(filled, NamedSharding(mesh, spec))
+
+    def filled(leaf):
+        missing = -leaf.shape[0] % mesh.shape["k"]
+        if not missing:
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # never split before
+            return jnp.concatenate([leaf, jnp.repeat(leaf[-1:], missing, axis=0)])
+        return np.concatenate([np.asarray(leaf), np.repeat(np.asarray(leaf)[-1:], missing, axis=0)])
+
+    return jax.device_put(jax.tree.map(filled, tree), NamedSharding(mesh, spec))
+
+
+def first(tree: Any, count: int) -> Any:
+    """The leading entries of every leaf, without those that `fill` added; on the host where there are any."""
+    return jax.tree.map(lambda leaf: leaf if leaf.shape[0] == count else np.asarray(leaf)[:count], tree)
+
+
+def entry(tree: Any, j: int) -> Any:
+    """Entry j of every leaf's leading axis, from the device that holds it: no collective, see `fill`."""
+
+    def held(leaf):
+        for shard in getattr(leaf, "addressable_shards", ()):
+            begin = shard.index[0].start or 0
+            if begin <= j < begin + shard.data.shape[0]:
+                return shard.data[j - begin]
+        return leaf[j]
+
+    return jax.tree.map(held, tree)
 
 
 def at(tree: Any, j: int | slice | Array) -> Any:
@@ -130,7 +153,7 @@ def at(tree: Any, j: int | slice | Array) -> Any:
 
 def context(j: int, mesh: Mesh, shared: Shared) -> Context:
     """Problem j on every device."""
-    alone = jax.device_put(at((shared.observed, shared.known), j), NamedSharding(mesh, _WHOLE))
+    alone = jax.device_put(entry((shared.observed, shared.known), j), NamedSharding(mesh, _WHOLE))
     return shared.trainable, shared.frozen, *alone
 
 
