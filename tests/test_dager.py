@@ -328,7 +328,8 @@ def odd(tmp_path):
     return f"--data={path}"
 
 
-@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_whole_run_on_odd_text(odd, tmp_path, dropout):
     """Unusual characters, a sentence of one word, one that comes twice, nonsense: found, or why not."""
     where = tmp_path / "run"

@@ -38,6 +38,9 @@ def attacked(devices, chunk, together):
     return json.loads(done.stdout)
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def alone():
     return attacked(1, 16, 4)

@@ -90,6 +90,7 @@ def test_trains_from_text_to_a_loadable_folder(text, tmp_path):
     check_folder(out, "bert")
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_at_its_last_checkpoint(text, tmp_path):
     out = tmp_path / "model"
     killed = start("gpt2", text, out, "--steps=1000000", "--save_seconds=0")
