@@ -60,36 +60,36 @@ class Bench:
 
     def __init__(self, many: list, attack: AttackConfig):
         mesh = programs.mesh_for(len(many))
-        self.keys = jax.random.split(jax.random.key(1), len(many))
+        keys = jax.random.split(jax.random.key(1), len(many))
         self.many, self.attack, self.mesh = many, attack, mesh
-        self.shared, self.state = programs.stack(many, attack, mesh), grab.start(self.keys, many, attack)
+        self.shared, self.state = programs.stack(many, attack, mesh), grab.start(keys, many, attack)
+        self.keys = programs.fill(keys[:, None], mesh, programs.EACH)
         self.compiled = programs.compiled(many[0].model, attack, many[0].vocabulary, mesh, None)
         draws = jax.random.normal(jax.random.key(2), self.state.descent.candidate.embeds.shape)
-        self.candidate = self.state.descent.candidate._replace(embeds=draws)
+        candidate = self.state.descent.candidate._replace(embeds=draws)
+        self.candidate = programs.fill(candidate, mesh, programs.EACH)
         self.begin = self.compiled.init(self.candidate)
 
     def step(self) -> float:
         """Seconds of one continuous step per sentence."""
-        losses = jnp.zeros((len(self.many), self.attack.steps))
+        losses = jnp.zeros((len(self.keys), self.attack.steps))
         run = lambda: self.compiled.run(self.begin, losses, 0, STEPS.value, self.shared)  # noqa: E731
         return _median(run) / (STEPS.value * len(self.many))
 
     def start(self) -> float:
         """Seconds per candidate of scoring random starts and their permutations."""
-        arguments = jnp.asarray(self.state.discrete), True
-        each = len(self.many) // self.mesh.shape["k"]
-        restarts = self.keys[:, None]
+        arguments = programs.fill(self.state.discrete, self.mesh), True
+        each = len(self.keys) // self.mesh.shape["k"]
 
         def run():
-            keys = [jax.random.clone(restarts) for _ in range(each)]
+            keys = [jax.random.clone(self.keys) for _ in range(each)]
             return [self.compiled.choose(key, self.candidate, *arguments, i, self.shared) for i, key in enumerate(keys)]
 
         return _median(run) / (len(self.many) * (self.attack.candidates + self.attack.permutations))
 
     def move(self) -> float:
         """Seconds per rearrangement in LAMP's discrete step."""
-        restarts = self.keys[:, None]
-        move = lambda: self.compiled.move(jax.random.clone(restarts), self.begin, self.shared)  # noqa: E731
+        move = lambda: self.compiled.move(jax.random.clone(self.keys), self.begin, self.shared)  # noqa: E731
         return _median(move) / (len(self.many) * self.attack.moves)
 
     def score(self) -> float:

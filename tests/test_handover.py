@@ -292,6 +292,7 @@ def test_evidence_stays_with_its_sentence(partial):
 
 
 def test_a_resumed_attack_gives_the_same(partial):
+    assert len(partial[3]) == 2
     for resumed in partial[3]:
         same(resumed, partial[0])
 

@@ -29,14 +29,7 @@ _SEARCH = Needs(
     auxiliary_data="no",
 )
 _PLAIN = _SEARCH._replace(dropout="ignored, or its rate with --attack_masks=learn")
-_DECODED = Needs(
-    labels="no",
-    lengths="no",
-    batch_size="no",
-    dropout="on or off; its rate may be unknown",
-    embedding_gradient="no",
-    auxiliary_data="no",
-)
+_DECODED = _SEARCH._replace(labels="no", lengths="no", batch_size="no", dropout="on or off; its rate may be unknown")
 
 NEEDS = {
     "grab": _SEARCH,
