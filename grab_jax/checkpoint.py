@@ -1,4 +1,7 @@
-"""Saving and restoring an unfinished attack (orbax): the newest complete state survives a kill at any moment."""
+"""Saving and restoring an unfinished attack (orbax): the newest complete state survives a kill at any moment.
+
+States are written while the attack goes on: only copying them to the host and waiting for the one before holds it up.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,25 @@ class Checkpoints:
     """The saved states of one running attack under `folder`; only the newest two are kept."""
 
     def __init__(self, folder: Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, create=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True, create=True)
         # With the handler named, a damaged newest state cannot mislead orbax about the others.
         handler = ocp.StandardCheckpointHandler()
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handler)
 
     def save(self, state: Any) -> None:
-        """Write a pytree of arrays, atomically."""
+        """Begin to write a pytree of arrays, atomically; the arrays may change as soon as this returns.
+
+        Raises:
+          OSError: the state before this one could not be written.
+        """
         step = (self._manager.latest_step() or 0) + 1
-        self._manager.save(step, args=ocp.args.StandardSave(jax.tree.map(np.asarray, state)), force=True)
-        self._manager.wait_until_finished()
+        # Copies: a NumPy view of a CPU device's array is that very memory.
+        self._manager.save(step, args=ocp.args.StandardSave(jax.tree.map(np.array, state)), force=True)
 
     def restore(self, template: Any) -> Any | None:
         """The newest readable state with the structure of `template`, or None; a damaged one gives way to the older."""
         host = jax.tree.map(np.asarray, template)
+        self._manager.wait_until_finished()
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 return self._manager.restore(step, args=ocp.args.StandardRestore(host))
@@ -36,5 +44,5 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Release the files."""
+        """Finish writing and release the files."""
         self._manager.close()

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from grab_jax import dry_run, flags, report, run
+from grab_jax import dry_run, flags, report, run, sharding
 from grab_jax import folder as folders
 from grab_jax.attacks import ATTACKS
 from grab_jax.config import Config
@@ -28,9 +28,18 @@ LISTED = "comparison.json"
 
 
 def start(names: Sequence[str], configure: Configure) -> Path | None:
-    """Run, print the plan of, or rebuild the page of several attacks, as `mode` and `dry_run` say."""
+    """Run, print the plan of, or rebuild the page of several attacks, as `mode` and `dry_run` say.
+
+    Raises:
+      InputError: several processes are to share this; the order of attacks is not known to each of them.
+    """
     automatic = tuple(names) == (flags.AUTO,)
     chosen, skipped = allowed(configure) if automatic else ([configure(name) for name in names], {})
+    if sharding.initialize(chosen[0].run.distributed).several:
+        raise InputError(
+            f"--attack={','.join(names)} goes from attack to attack in one process, and this is one of several; give "
+            "--sweep_attack instead, or --run_distributed=off in one process"
+        )
     if chosen[0].mode == "report":
         print(rebuild(chosen[0]))
     elif chosen[0].dry_run:
@@ -84,9 +93,10 @@ def run_all(chosen: Sequence[Config], skipped: dict[str, str], name: str, *, eno
     """
     os.umask(0o077)
     base = Path(chosen[0].run.dir or folders.default_folder(chosen[0], name))
-    _begin(base)
+    folders.begin_several(base, LISTED)
     _say(skipped)
     done: list[str] = []
+    folders.write_json(base / LISTED, {"attacks": done, "skipped": skipped})
     for config in chosen:
         attack = config.attack.name
         if enough and done and _all_proven(base / done[-1]):
@@ -101,15 +111,6 @@ def run_all(chosen: Sequence[Config], skipped: dict[str, str], name: str, *, eno
     page = _page(base, chosen[0].report.others)
     print(f"all attacks: {page}")
     return base
-
-
-def _begin(base: Path) -> None:
-    if (base / "run.json").is_file():
-        raise InputError(f"--run_dir={base} is the folder of a single attack; give several attacks a new folder")
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--run_dir={base} cannot be created ({error.strerror}); give another folder") from error
 
 
 def _placed(config: Config, base: Path, done: Sequence[str]) -> Config:

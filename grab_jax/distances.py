@@ -14,17 +14,25 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from grab_jax.leaves import Leaf, Seen, inner, residual_norms, residual_square, scale, seen_square_norm, square_norm
+from grab_jax.leaves import (
+    Leaf,
+    Part,
+    Seen,
+    has_direction,
+    inner,
+    residual_norms,
+    residual_square,
+    root,
+    scale,
+    seen_square_norm,
+    square_norm,
+    through,
+)
 
 Candidate = Mapping[str, Leaf]
 Observed = Mapping[str, Seen]
 Distance = Callable[[Candidate, Observed], Float[Array, ""]]
 Name = Literal["l2+l1", "l2", "normalised", "cosine", "squared", "squared+l1"]
-
-
-def root(square: Float[Array, ""]) -> Float[Array, ""]:
-    """Square root with gradient 0 at 0."""
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
 def l2_l1(candidate: Candidate, observed: Observed, weight: float = 0.01, squared: bool = False) -> Float[Array, ""]:
@@ -41,35 +49,31 @@ def l2(candidate: Candidate, observed: Observed, squared: bool = False) -> Float
 
 def cosine(candidate: Candidate, observed: Observed) -> Float[Array, ""]:
     """Mean over tensors of `1 - cos(a, b)` (LAMP), without key biases."""
-    pairs = [(a, b) for path, a, b in _pairs(candidate, observed) if _has_direction(path)]
+    pairs = [(a, b) for path, a, b in _pairs(candidate, observed) if has_direction(path)]
     return sum(1 - similarity(a, b) for a, b in pairs) / len(pairs)
 
 
 def normalised(candidate: Candidate, observed: Observed, weight: float = 0.01) -> Float[Array, ""]:
     """`l2_l1` after each tensor of both sides is divided by its own norm (Grab's adaptive loss), no key biases."""
-    pairs = {path: (a, b) for path, a, b in _pairs(candidate, observed) if _has_direction(path)}
+    pairs = {path: (a, b) for path, a, b in _pairs(candidate, observed) if has_direction(path)}
     unit = lambda leaf, square: scale(leaf, 1 / (root(square) + 1e-12))  # noqa: E731
     ours = {path: unit(a, square_norm(a, b)) for path, (a, b) in pairs.items()}
     return l2_l1(ours, {path: unit(b, seen_square_norm(b)) for path, (_, b) in pairs.items()}, weight)
 
 
-def similarity(a: Leaf, b: Seen) -> Float[Array, ""]:
+def similarity(a: Leaf, b: Part) -> Float[Array, ""]:
     """Cosine of the angle between two tensors; 0 where one of them is zero."""
     return inner(a, b) / _length(square_norm(a, b)) / _length(seen_square_norm(b))
 
 
-def _pairs(candidate: Candidate, observed: Observed) -> Iterator[tuple[str, Leaf, Seen]]:
-    return ((path, leaf, observed[path]) for path, leaf in candidate.items() if path in observed)
+def _pairs(candidate: Candidate, observed: Observed) -> Iterator[tuple[str, Leaf, Part]]:
+    return ((path, *through(leaf, observed[path])) for path, leaf in candidate.items() if path in observed)
 
 
 def _length(square: Float[Array, ""]) -> Float[Array, ""]:
     """The norm, or 1 for a zero tensor, so that dividing by it keeps value and gradient finite."""
     norm = root(square)
     return jnp.where(norm > 0, norm, 1.0)
-
-
-def _has_direction(path: str) -> bool:
-    return not path.endswith("/key/bias")
 
 
 def by_name(name: Name, weight: float = 0.01) -> Distance:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import jax
 import numpy as np
 
-from grab_jax import about, distances, matching, plan, run, views
+from grab_jax import about, distances, local_training, matching, plan, run, views
 from grab_jax.attack_config import AttackConfig
 from grab_jax.config import Config
 from grab_jax.span.scaling import bucket
@@ -29,8 +30,28 @@ def describe(config: Config) -> str:
     return "\n".join([f"{topic:12s} {text}" for topic, text in topics.items()] + notes)
 
 
+def estimate(session: run.Session, timed: dict[Any, float]) -> tuple[float | None, str]:
+    """Seconds without compilation, None where they are not known, and the work in words.
+
+    Args:
+      timed: seconds of one candidate score by what it depends on: those measured, to which this adds.
+    """
+    work, attack = session.plan, session.config.attack
+    said = f"{len(session.batches)} batches"
+    if not attack.searches:
+        return None, f"{said}, {attack.name}: seconds to minutes a batch"
+    largest = max(session.batches, key=lambda b: b.batch.ids.size).batch.ids.shape
+    settings = attack.distance, attack.precision, attack.view, attack.layers
+    kind = session.loaded.model, largest, settings, run.form(session.config, session.trainable)
+    if kind not in timed:
+        timed[kind] = plan.once(_score_once(session))
+    seconds = plan.seconds(work, timed[kind])
+    return seconds, f"{said}, {work.steps} steps and {work.scores} scores at most, about {clock(seconds)}"
+
+
 def _search(session: run.Session) -> dict[str, str]:
     work, attack = session.plan, session.config.attack
+    seconds = plan.seconds(work, plan.once(_score_once(session)))
     shapes = ", ".join(f"{len(g.members)} x {list(g.shape)}" for g in work.groups)
     said = f"{attack.name}: {attack.rounds} rounds x {attack.steps} steps, {attack.restarts} restart(s), "
     return {
@@ -43,7 +64,7 @@ def _search(session: run.Session) -> dict[str, str]:
         f"{work.chunk} candidates scored and {work.together} restart(s) descended at once",
         "compilations": f"about {work.compilations}",
         "work": f"at most {work.steps} continuous steps and about {work.scores} candidate scores",
-        "time": f"about {_clock(plan.seconds(work, _score_once(session)))} without compilation, {about.device()}",
+        "time": f"about {clock(seconds)} without compilation, {about.device()}",
     }
 
 
@@ -125,7 +146,8 @@ def _bytes(session: run.Session) -> int:
 # --- the search -------------------------------------------------------------------------------------------
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A time for people, roughly."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -135,11 +157,13 @@ def _score_once(session: run.Session):
     """One first-order evaluation at the largest shape, as the attack would do it."""
     batch = max(session.batches, key=lambda b: b.batch.ids.size)
     config = session.config.attack
-    sent = run.simulated(session, batch.index).problem.observed
-    (observed,) = views.seen([sent], batch.batch.ids.size, config.view, config.layers)
+    problem = run.simulated(session, batch.index).problem
+    gradient, rows = local_training.matched(problem), batch.batch.ids.size
+    (observed,) = views.seen([gradient], rows, config.view, config.layers, problem.defended)
     labels = jax.nn.one_hot(batch.batch.labels, session.loaded.model.num_labels)
     distance = distances.by_name(config.distance, config.l1)
-    step = matching.simulation(session.loaded.model, config.precision)
+    local, clip = local_training.repeated(problem), views.through(config.view, problem.defended).clip
+    step = matching.simulation(session.loaded.model, config.precision, local, clip)
 
     @jax.jit
     def score(trainable, frozen, observed, ids, attention):

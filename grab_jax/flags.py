@@ -1,18 +1,21 @@
-"""absl flags derived from `Config`, one per leaf; nothing else reads `FLAGS`."""
+"""absl flags derived from `Config`, one per leaf; nothing else reads `FLAGS`.
+
+Every leaf that can change a result also has a list flag `--sweep_<flag>`, which the help does not list.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from absl import flags
 
 from grab_jax import attack_config
 from grab_jax.attack_config import AttackConfig
-from grab_jax.config import Config
+from grab_jax.config import PLACE_ONLY, Config
 from grab_jax.types import InputError
 
 T = typing.TypeVar("T")
@@ -20,6 +23,8 @@ T = typing.TypeVar("T")
 ATTACK = ("attack", "name")
 """The one setting that takes several values, separated by commas: a run for each."""
 AUTO = "auto"
+SWEEP = "sweep_"
+Path = tuple[str, ...]
 
 
 class Leaf(typing.NamedTuple):
@@ -36,7 +41,7 @@ class Leaf(typing.NamedTuple):
     own: bool
 
 
-def leaves(config: Any, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
+def leaves(config: Any, path: Path = ()) -> Iterator[Leaf]:
     """All settings of a config, in order."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -44,7 +49,7 @@ def leaves(config: Any, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
         if dataclasses.is_dataclass(value):
             yield from leaves(value, here)
         else:
-            parts = here[:-1] if field.name == "name" else here
+            parts = here[:-1] if field.name in ("name", "on") else here
             own, text = field.metadata.get("own", False), field.metadata["help"]
             text = f"{text}; default: {attack_config.default(field)}" if own else text
             yield Leaf(here, "_".join(parts), hints[field.name], value, text, own)
@@ -54,6 +59,12 @@ def define(config: Any, values: flags.FlagValues = flags.FLAGS) -> None:
     """Define one flag per leaf, with the leaf's value as default."""
     for leaf in leaves(config):
         _define(leaf, values)
+        if isinstance(config, Config) and leaf.path[0] not in PLACE_ONLY:
+            name, parser = SWEEP + leaf.flag, flags.ListParser()
+            # Belongs to no module: accepted, suggested for a misspelt name, and in no help.
+            values[name] = flags.Flag(
+                parser, flags.CsvListSerializer(","), name, None, f"several values of {leaf.flag}"
+            )
 
 
 def _define(leaf: Leaf, values: flags.FlagValues) -> None:
@@ -82,7 +93,7 @@ def attacks(values: flags.FlagValues = flags.FLAGS) -> tuple[str, ...]:
       InputError: a name that is no attack, none at all, or `auto` among others.
     """
     named = tuple(dict.fromkeys(name.strip() for name in values["attack"].value))
-    known = typing.get_args(typing.get_type_hints(AttackConfig)["name"])
+    known = attack_names()
     unknown = [name for name in named if name not in (*known, AUTO)]
     if unknown or not named or (AUTO in named and len(named) > 1):
         raise InputError(
@@ -92,16 +103,76 @@ def attacks(values: flags.FlagValues = flags.FLAGS) -> tuple[str, ...]:
     return named
 
 
-def parsed(values: flags.FlagValues = flags.FLAGS, kind: type[T] = Config, *, attack: str | None = None) -> T:
+def swept(values: flags.FlagValues = flags.FLAGS) -> dict[str, list[Any]]:
+    """The values of each flag that is swept, each once, in the order of the settings.
+
+    Several attacks beside another sweep are swept like any other setting.
+
+    Raises:
+      InputError: a value that its flag does not take, or none at all; `auto` beside a sweep.
+    """
+    found = {leaf.flag: _listed(leaf, values) for leaf in leaves(Config()) if _given(leaf, values) is not None}
+    named = attacks(values)
+    if not found:
+        return {}
+    if named == (AUTO,) and "attack" not in found:
+        raise InputError(f"--attack={AUTO} cannot be swept; name the attacks, such as --sweep_attack=span,grab")
+    if len(named) > 1 and "attack" in found:
+        raise InputError("--attack names several attacks and --sweep_attack others; give one of the two")
+    return {"attack": list(named), **found} if len(named) > 1 else found
+
+
+def _given(leaf: Leaf, values: flags.FlagValues) -> list[str] | None:
+    name = SWEEP + leaf.flag
+    return values[name].value if name in values else None
+
+
+def _listed(leaf: Leaf, values: flags.FlagValues) -> list[Any]:
+    """The values of one swept flag, parsed as the flag itself would."""
+    given = _given(leaf, values)
+    items = list(dict.fromkeys(_item(leaf, item.strip(), values) for item in given))
+    if not items:
+        raise InputError(f"--{SWEEP}{leaf.flag} is empty; give values separated by commas")
+    return items
+
+
+def _item(leaf: Leaf, item: str, values: flags.FlagValues) -> Any:
+    if item == "none" and type(None) in typing.get_args(leaf.kind):
+        return None
+    try:
+        return (
+            flags.EnumParser(attack_names()).parse(item)
+            if leaf.path == ATTACK
+            else values[leaf.flag].parser.parse(item)
+        )
+    except ValueError as error:
+        raise InputError(f"--{SWEEP}{leaf.flag}: {item!r} is no value of --{leaf.flag} ({error})") from error
+
+
+def attack_names() -> tuple[str, ...]:
+    """Every attack."""
+    return typing.get_args(typing.get_type_hints(AttackConfig)["name"])
+
+
+def parsed(
+    values: flags.FlagValues = flags.FLAGS,
+    kind: type[T] = Config,
+    *,
+    attack: str | None = None,
+    changed: Mapping[str, Any] | None = None,
+) -> T:
     """The config (a tree of settings of any kind) that the parsed flags describe.
 
     Args:
       attack: one of several attacks; settings meant for another one are left out. By default the only one named.
+      changed: values by flag, in place of those given: a cell of a sweep.
 
     Raises:
       InputError: a value out of range (one sentence, names the flag).
     """
-    found = {leaf.path: values[leaf.flag].value for leaf in leaves(kind())}
+    changed = changed or {}
+    attack = changed.get("attack", attack)
+    found = {leaf.path: changed.get(leaf.flag, values[leaf.flag].value) for leaf in leaves(kind())}
     if ATTACK in found:
         found[ATTACK] = attack or attacks(values)[0]
     if attack is not None:
@@ -110,7 +181,7 @@ def parsed(values: flags.FlagValues = flags.FLAGS, kind: type[T] = Config, *, at
     return build(found, kind)
 
 
-def build(values: dict[tuple[str, ...], Any], kind: type[T] = Config) -> T:
+def build(values: dict[Path, Any], kind: type[T] = Config) -> T:
     """A config from values by path; validation happens in the dataclasses."""
 
     def make(kind: type, path: tuple[str, ...]) -> Any:

@@ -58,8 +58,32 @@ class Signs(NamedTuple):
     array: Float[Array, ...]
 
 
+class Unit(NamedTuple):
+    """Seen of a tensor that the client divided by its norm first (and then, say, added noise): `through` follows it."""
+
+    seen: Array | LowRank | Pruned | Signs
+
+
 Leaf = Array | Outer | Rows
-Seen = Array | LowRank | Pruned | Signs
+Part = Array | LowRank | Pruned | Signs
+Seen = Part | Unit
+
+
+def has_direction(path: str) -> bool:
+    """Whether a tensor's gradient is more than rounding: that of an attention key bias is exactly zero in theory."""
+    return not path.endswith("/key/bias")
+
+
+def through(leaf: Leaf, seen: Seen) -> tuple[Leaf, Part]:
+    """A candidate's leaf as the client would have treated it before what is seen, and the latter."""
+    if not isinstance(seen, Unit):
+        return leaf, seen
+    return scale(leaf, 1 / (root(square_norm(leaf)) + 1e-12)), seen.seen
+
+
+def root(square: Float[Array, ""]) -> Float[Array, ""]:
+    """Square root with gradient 0 at 0."""
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
 def thin(rows: int, i: int, o: int) -> bool:
@@ -67,7 +91,7 @@ def thin(rows: int, i: int, o: int) -> bool:
     return rows * (i + o) < i * o
 
 
-def dense(leaf: Leaf | Seen) -> Float[Array, ...]:
+def dense(leaf: Leaf | Part) -> Float[Array, ...]:
     """The leaf as an array."""
     if isinstance(leaf, Rows):
         return jnp.zeros((leaf.size, leaf.dy.shape[1]), leaf.dy.dtype).at[leaf.ids].add(leaf.dy)
@@ -76,7 +100,7 @@ def dense(leaf: Leaf | Seen) -> Float[Array, ...]:
     return leaf.array if isinstance(leaf, Pruned | Signs) else leaf
 
 
-def scale(leaf: Leaf | Seen, factor: Float[Array, ""]) -> Leaf | Seen:
+def scale(leaf: Leaf | Part, factor: Float[Array, ""]) -> Leaf | Part:
     """The leaf times a positive scalar; signs stay signs."""
     match leaf:
         case Outer():
@@ -92,7 +116,21 @@ def scale(leaf: Leaf | Seen, factor: Float[Array, ""]) -> Leaf | Seen:
     return leaf * factor
 
 
-def inner(leaf: Leaf, seen: Seen) -> Float[Array, ""]:
+def average(leaf: Leaf) -> Leaf:
+    """The mean over a leading axis that every array of the leaf has: factored leaves stay so, with all their rows."""
+    match leaf:
+        case Outer():
+            return Outer(_joined(leaf.x), _joined(leaf.dy) / len(leaf.dy))
+        case Rows():
+            return Rows(leaf.ids.reshape(-1), _joined(leaf.dy) / len(leaf.dy), leaf.size)
+    return leaf.mean(0)
+
+
+def _joined(rows: Float[Array, "k n d"]) -> Float[Array, "kn d"]:
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def inner(leaf: Leaf, seen: Part) -> Float[Array, ""]:
     """Sum of the products of all entries: `n r (i + o)` for two factored leaves, else `n i o`."""
     match leaf, seen:
         case Outer(), LowRank():
@@ -104,7 +142,7 @@ def inner(leaf: Leaf, seen: Seen) -> Float[Array, ""]:
     return jnp.vdot(leaf, dense(seen))
 
 
-def square_norm(leaf: Leaf, seen: Seen | None = None) -> Float[Array, ""]:
+def square_norm(leaf: Leaf, seen: Part | None = None) -> Float[Array, ""]:
     """Sum of squares of the entries that `seen` shows, by default all: `n^2 (i + o)` where thin, else `n i o`."""
     if isinstance(seen, Pruned):
         return _norms(leaf, seen.array, _shown)[0]
@@ -130,13 +168,13 @@ def _outer_square_jvp(primals: tuple, tangents: tuple) -> tuple[Float[Array, ""]
     return jnp.vdot(gram_x, gram_dy), 2 * (jnp.vdot(gram_dy @ x, along_x) + jnp.vdot(gram_x @ dy, along_dy))
 
 
-def seen_square_norm(seen: Seen) -> Float[Array, ""]:
+def seen_square_norm(seen: Part) -> Float[Array, ""]:
     """Sum of squares of an observed leaf."""
     array = seen.v if isinstance(seen, LowRank) else dense(seen)
     return jnp.vdot(array, array)
 
 
-def residual_square(leaf: Leaf, seen: Seen) -> Float[Array, ""]:
+def residual_square(leaf: Leaf, seen: Part) -> Float[Array, ""]:
     """Sum of squares of the residual, exact near zero too; differentiable in `leaf` only.
 
     Against `LowRank` the residual splits at the column space of `u`: with `p = x @ u.T`, the part inside is
@@ -153,7 +191,7 @@ def residual_square(leaf: Leaf, seen: Seen) -> Float[Array, ""]:
     return jnp.vdot(inside, inside) + square_norm(Outer(leaf.x - along @ u, leaf.dy))
 
 
-def residual_norms(leaf: Leaf, seen: Seen) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def residual_norms(leaf: Leaf, seen: Part) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`(sum of squares, sum of absolute values)` of the residual; differentiable in `leaf` only.
 
     The residual of an entry is the difference; 0 where a pruned update does not show it; and where only signs are seen,

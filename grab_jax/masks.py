@@ -44,9 +44,12 @@ def _sentence(key: Key[Array, ""], site, length: int) -> Array:
     return draw(key, site.sizes)
 
 
-def ones(sites: Mapping[str, object], batch: int, length: int) -> Masks:
-    """Masks that keep everything (this is not evaluation mode: activations are still divided by `1 - rate`)."""
-    return {name: jnp.ones((batch, *site.shape(length)), jnp.float32) for name, site in sites.items()}
+def ones(sites: Mapping[str, object], batch: int, length: int, epochs: tuple[int, ...] = ()) -> Masks:
+    """Masks that keep everything (this is not evaluation mode: activations are still divided by `1 - rate`).
+
+    With `epochs=(e,)` they have an epoch axis: `[b e ...]`.
+    """
+    return {name: jnp.ones((batch, *epochs, *site.shape(length)), jnp.float32) for name, site in sites.items()}
 
 
 def relax(masks: Masks, sites: Mapping[str, object], amount: float = 0.0) -> Masks:
@@ -66,9 +69,11 @@ def hold(masks: Masks | None, told: Masks | None) -> Masks | None:
     return {**masks, **{name: jnp.where(jnp.isnan(mask), masks[name], mask) for name, mask in told.items()}}
 
 
-def complete(told: Masks | None, sites: Mapping[str, object], batch: int, length: int) -> Masks | None:
+def complete(
+    told: Masks | None, sites: Mapping[str, object], batch: int, length: int, epochs: tuple[int, ...] = ()
+) -> Masks | None:
     """Masks of every site: as told, and elsewhere the keep rate, which changes no activation; None stays None."""
-    return None if told is None else hold(relax(ones(sites, batch, length), sites, 1.0), told)
+    return None if told is None else hold(relax(ones(sites, batch, length, epochs), sites, 1.0), told)
 
 
 def harden(masks: Masks, threshold: float = 0.5) -> Masks:

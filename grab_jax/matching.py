@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from grab_jax import client, distances
+from grab_jax import client, distances, local_training
+from grab_jax.local_training import Local
 from grab_jax.masks import complete
 from grab_jax.types import Candidate, Known, Masks
 
@@ -20,13 +21,29 @@ Precision = Literal["float32", "bfloat16"]
 _PRODUCTS = {"float32": "highest", "bfloat16": "BF16_BF16_F32"}
 
 
-def simulation(model: Any, precision: Precision = "float32") -> client.Simulate:
-    """The client step as the attacker repeats it, factored.
+def simulation(
+    model: Any,
+    precision: Precision = "float32",
+    local: Local | None = None,
+    clip: float | None = None,
+    *,
+    words: bool = True,
+) -> client.Simulate:
+    """The client step as the attacker repeats it, factored; with `local`, its local training, not factored.
+
+    With a `clip` norm each example of a step is clipped as in `client.clipped`; clients that train locally do not clip.
 
     `bfloat16` rounds what enters the model's matrix products, and those of their derivatives, and adds up in float32; a
     CPU computes in float32 all the same. Distances are in float32 always.
+
+    `words=False` is for embeddings as input, which leave the trained word table out: its gradient has the norm of the
+    position table's, both being those of the same sums, unless a token is there twice.
     """
-    step = client.fedsgd(model, factored=True)
+    if local is not None and clip is not None:
+        raise ValueError("local training is repeated without a clip norm")
+    step = client.fedsgd(model, factored=True) if local is None else local_training.repeat(model, local)
+    if clip is not None:
+        step = client.clipped(step, clip, twice=None if words else model.position_table)
 
     def simulate(*args):
         with jax.default_matmul_precision(_PRODUCTS[precision]):
@@ -35,14 +52,20 @@ def simulation(model: Any, precision: Precision = "float32") -> client.Simulate:
     return simulate
 
 
-def embedding_objective(model: Any, distance: distances.Distance, precision: Precision = "float32") -> Objective:
+def embedding_objective(
+    model: Any,
+    distance: distances.Distance,
+    precision: Precision = "float32",
+    local: Local | None = None,
+    clip: float | None = None,
+) -> Objective:
     """Distance of a continuous candidate.
 
     Returns `objective(candidate, trainable, frozen, observed, known)`; a candidate without masks uses those told, and
     no dropout where none are. Every shared tensor is matched except the word table, which embeddings used as input do
-    not touch.
+    not touch. With `local` the client's local training is repeated, masks have an epoch axis (`[b e ...]`). With a
+    `clip` norm examples are clipped as the client does it.
     """
-    simulate = simulation(model, precision)
 
     def objective(
         candidate: Candidate, trainable, frozen, observed: distances.Observed, known: Known
@@ -50,7 +73,8 @@ def embedding_objective(model: Any, distance: distances.Distance, precision: Pre
         fixed = {**frozen, **{path: value for path, value in trainable.items() if path == model.word_table}}
         matched = {path: value for path, value in trainable.items() if path != model.word_table}
         labels = known.labels if candidate.labels is None else candidate.labels
-        masks = _told(model, known) if candidate.masks is None else candidate.masks
+        masks = _told(model, known, local) if candidate.masks is None else candidate.masks
+        simulate = simulation(model, precision, local, clip, words=len(matched) == len(trainable))
         update = simulate(matched, fixed, candidate.embeds, known.attention, labels, masks)
         return distance(update, observed)
 
@@ -75,13 +99,21 @@ def with_norm_penalty(model: Any, objective: Objective, weight: float) -> Object
     return penalised
 
 
-def token_objective(model: Any, distance: distances.Distance, pad: int, precision: Precision = "float32") -> Objective:
+def token_objective(
+    model: Any,
+    distance: distances.Distance,
+    pad: int,
+    precision: Precision = "float32",
+    local: Local | None = None,
+    clip: float | None = None,
+) -> Objective:
     """Distance of a token candidate, every shared tensor matched.
 
     Returns `score(ids, masks, labels, trainable, frozen, observed, known)`; masks and labels that are None are taken
     from `known` (no dropout where it holds no masks). A padding token is attended to nowhere, as in the client.
+    `clip` is as in `embedding_objective`.
     """
-    simulate = simulation(model, precision)
+    simulate = simulation(model, precision, local, clip)
 
     def score(
         ids: Int[Array, "b t"],
@@ -96,12 +128,13 @@ def token_objective(model: Any, distance: distances.Distance, pad: int, precisio
         # A row without any visible token would attend to nothing; its first token always stays visible.
         attention = attention.at[:, 0].set(True)
         labels = known.labels if labels is None else labels
-        masks = _told(model, known) if masks is None else masks
+        masks = _told(model, known, local) if masks is None else masks
         value = distance(simulate(trainable, frozen, ids, attention, labels, masks), observed)
         return jnp.where(jnp.isnan(value), jnp.inf, value)
 
     return score
 
 
-def _told(model: Any, known: Known) -> Masks | None:
-    return complete(known.masks, model.sites, *known.ids.shape)
+def _told(model: Any, known: Known, local: Local | None) -> Masks | None:
+    epochs = () if local is None else (local.epochs,)
+    return complete(known.masks, model.sites, *known.ids.shape, epochs)

@@ -51,17 +51,25 @@ def device_memory(config: Config) -> int:
     return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def make(config: Config, model: Any, trainable: dict[str, Any], batches: Sequence[ClientBatch]) -> Plan:
-    """Group batches by shape and size the chunks so that the estimate stays under 60 % of memory."""
+def make(
+    config: Config, model: Any, trainable: dict[str, Any], batches: Sequence[ClientBatch], processes: int = 1
+) -> Plan:
+    """Group batches by shape and size the chunks so that the estimate stays under 60 % of memory.
+
+    No group is larger than the share of each of the `processes` that attack them.
+    """
     memory = device_memory(config)
     shared = 4 * sum(int(np.prod(value.shape)) for value in trainable.values())
     by_shape: dict[tuple[int, int], list[int]] = {}
     for batch in batches:
         by_shape.setdefault(tuple(batch.batch.ids.shape), []).append(batch.index)
     largest = max(by_shape, key=lambda shape: shape[0] * shape[1])
-    one_step = 6 * _activations(model, *largest)
+    # Repeated local steps are all in memory, each with its own change of the weights, and derivatives of it.
+    steps = _repeated(config)
+    one_step = 6 * steps * _activations(model, *largest) + (4 * steps * shared if steps > 1 else 0)
     budget = 0.6 * memory - 2 * shared
-    size = int(max(1, min(config.run.group, budget // (shared + config.attack.restarts * one_step))))
+    most = min(config.run.group, -(-len(batches) // processes))
+    size = int(max(1, min(most, budget // (shared + config.attack.restarts * one_step))))
     if not config.attack.searches:
         size = 1  # seconds each: every batch is written as soon as it is decoded
     fit = int(max(1, min(config.attack.restarts, (budget - size * shared) // (size * one_step))))
@@ -77,6 +85,14 @@ def make(config: Config, model: Any, trainable: dict[str, Any], batches: Sequenc
     shapes = len({(group.shape, len(group.members)) for group in groups})
     scores, steps = _work(config, batches)
     return Plan(tuple(groups), chunk, together, int(peak), memory, 8 * shapes, scores, steps)
+
+
+def _repeated(config: Config) -> int:
+    """Local steps of the client that an attack by gradient matching repeats."""
+    local = config.told_local
+    if local is None or not config.attack.searches or not local.told:
+        return 1
+    return local.steps(config.batch_size)
 
 
 def _activations(model: Any, batch: int, length: int) -> int:
@@ -109,13 +125,17 @@ def _work(config: Config, batches: Sequence[ClientBatch]) -> tuple[int, int]:
     return scores, len(batches) * attack.rounds * attack.steps * attack.restarts
 
 
-def seconds(plan: Plan, score_one: Any) -> float:
-    """Time estimate: `score_one()` is timed here, steps cost `STEP_OVER_SCORE` of it."""
+def once(score_one: Any) -> float:
+    """Seconds of one candidate score, `score_one()`, compiled."""
     score_one()
     begin = time.perf_counter()
     for _ in range(3):
         score_one()
-    each = (time.perf_counter() - begin) / 3
+    return (time.perf_counter() - begin) / 3
+
+
+def seconds(plan: Plan, each: float) -> float:
+    """Time estimate: a score takes `each` seconds, and a step costs `STEP_OVER_SCORE` of it."""
     return each * (plan.scores + STEP_OVER_SCORE * plan.steps)
 
 

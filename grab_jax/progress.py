@@ -17,33 +17,52 @@ EVERY = 10.0
 
 
 class CompileClock:
-    """Seconds and number of XLA compilations since it was made."""
+    """XLA programs since it was made, and the seconds they took; those read from the persistent cache apart."""
 
     _seconds = 0.0
-    _count = 0
+    _requests = 0
+    _hits = 0
     _listening = False
 
     def __init__(self):
         if not CompileClock._listening:
-            jax.monitoring.register_event_duration_secs_listener(CompileClock._on_event)
+            jax.monitoring.register_event_duration_secs_listener(CompileClock._on_duration)
+            jax.monitoring.register_event_listener(CompileClock._on_event)
             CompileClock._listening = True
-        self._from = (CompileClock._seconds, CompileClock._count)
+        self._from = (CompileClock._seconds, CompileClock._requests, CompileClock._hits)
 
     @staticmethod
-    def _on_event(event: str, duration: float, **_kwargs) -> None:
+    def _on_duration(event: str, duration: float, **_kwargs) -> None:
+        # Of a program read from the cache too: it is the time to get an executable.
         if event == "/jax/core/compile/backend_compile_duration":
             CompileClock._seconds += duration
-            CompileClock._count += 1
+            CompileClock._requests += 1
+
+    @staticmethod
+    def _on_event(event: str, **_kwargs) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            CompileClock._hits += 1
 
     @property
     def seconds(self) -> float:
-        """Seconds spent compiling."""
+        """Seconds spent compiling, or reading compiled programs."""
         return CompileClock._seconds - self._from[0]
 
     @property
     def count(self) -> int:
         """Programs compiled, small ones included."""
-        return CompileClock._count - self._from[1]
+        return CompileClock._requests - self._from[1] - self.hits
+
+    def take(self) -> dict[str, int]:
+        """Programs `compiled` and read `from_cache` since the last call; the clock begins anew."""
+        found = {"compiled": self.count, "from_cache": self.hits}
+        self._from = (CompileClock._seconds, CompileClock._requests, CompileClock._hits)
+        return found
+
+    @property
+    def hits(self) -> int:
+        """Programs read from the persistent compilation cache."""
+        return CompileClock._hits - self._from[2]
 
 
 class Display:
@@ -57,6 +76,7 @@ class Display:
         self._bar: tqdm | None = None
         self._total = 0
         self._last = (None, 0.0)
+        self._line = ""
 
     def say(self, text: str) -> None:
         """One line, above the bar if there is one."""
@@ -89,8 +109,10 @@ class Display:
         if phase == self._last[0] and now - self._last[1] < EVERY and not finished:
             return
         self._last = (phase, now)
-        if self._bar is None:
-            self.say("  " + self._words(progress, rounds, text))
+        line = "  " + self._words(progress, rounds, text) if self._bar is None else ""
+        if line and line != self._line:  # what goes on without finding more says nothing new
+            self.say(line)
+        self._line = line
 
     def _words(self, progress: Progress, rounds: int, text: Callable[[], str]) -> str:
         if progress.phase == "rows":

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grab_jax import data, distances, metrics, simulate
+from grab_jax import data, distances, local_training, metrics, simulate
 from grab_jax import masks as dropout_masks
 from grab_jax.models import Site
 from grab_jax.types import Result
@@ -65,6 +65,8 @@ def mask_scores(truth: simulate.Simulated, result: Result, sentences, prediction
     """
     if result.masks is None or truth.masks is None:
         return None
+    if any(np.ndim(mask) != np.ndim(truth.masks[name]) for name, mask in result.masks.items()):
+        return None  # one mask for all epochs of a client that drew new ones in each
     rows = metrics.match_one_to_one([s["text"] for s in sentences], [p["text"] for p in predictions])
     pairs = [(row, match) for row, match in enumerate(rows) if match is not None]
     found = {
@@ -79,7 +81,7 @@ def mask_scores(truth: simulate.Simulated, result: Result, sentences, prediction
 def _cut(learned: Any, site: Site, truth: simulate.Simulated) -> np.ndarray:
     """The masks at the batch's own positions: an attack that was not told lengths may return longer ones."""
     length = truth.batch.batch.ids.shape[1]
-    return np.asarray(learned)[(slice(None), *(slice(length) if axis == "t" else slice(None) for axis in site.axes))]
+    return np.asarray(learned)[(..., *(slice(length) if axis == "t" else slice(None) for axis in site.axes))]
 
 
 def _site_auc(learned: np.ndarray, true: np.ndarray, site: Site, pairs, truth: simulate.Simulated) -> float | None:
@@ -87,8 +89,9 @@ def _site_auc(learned: np.ndarray, true: np.ndarray, site: Site, pairs, truth: s
     keep = {row: _real_entries(site, real[row]) for row, _ in pairs}
     if not pairs:
         return None
-    scores = np.concatenate([learned[match][keep[row]] for row, match in pairs])
-    return metrics.auc(scores, np.concatenate([true[row][keep[row]] for row, _ in pairs]))
+    kept = lambda masks, i, row: masks[i][..., keep[row]].ravel()  # noqa: E731  # of every epoch
+    scores = np.concatenate([kept(learned, match, row) for row, match in pairs])
+    return metrics.auc(scores, np.concatenate([kept(true, row, row) for row, _ in pairs]))
 
 
 def _real_entries(site: Site, real: np.ndarray) -> np.ndarray:
@@ -112,6 +115,8 @@ def _cosines(truth: simulate.Simulated, result: Result) -> dict[str, float]:
     attention = (known.attention & (ids != problem.vocabulary.pad)).at[:, 0].set(True)
     labels = known.labels if result.labels is None else jax.nn.one_hot(result.labels, problem.model.num_labels)
     found = known.masks if result.masks is None else result.masks
-    masks = dropout_masks.complete(found, problem.model.sites, *ids.shape)
-    update = simulate.compiled(problem.model)(problem.trainable, problem.frozen, ids, attention, labels, masks)
-    return {path: float(distances.similarity(update[path], problem.observed[path])) for path in update}
+    local, observed = local_training.repeated(problem), local_training.matched(problem)
+    masks = dropout_masks.complete(found, problem.model.sites, *ids.shape, () if local is None else (local.epochs,))
+    update = simulate.compiled(problem.model, local)(problem.trainable, problem.frozen, ids, attention, labels, masks)
+    sign = 1 if local is None else -1  # `matched` turns a change of the weights into a gradient
+    return {path: sign * float(distances.similarity(update[path], observed[path])) for path in update}

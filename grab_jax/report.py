@@ -61,7 +61,7 @@ def render(
     others = [beside_run(*read(Path(one), "--report_beside"), attacked, redact=hide) for one in beside]
     cards = _cards(attacked, private(attacked) if hide else None, others) if tested else []
     found = summary.summarise(records, run)
-    text = _template().render(
+    text = template("report.html.jinja").render(
         run=run,
         summary=found,
         attacks=[beside_row(one) for one in (found, *(other.summary for other in others))] if others or skipped else [],
@@ -85,7 +85,7 @@ def render(
         notes=_notes(run, attacked),
         n_control=len(records) - len(attacked),
     )
-    return _write(page or folder / "report.html", text)
+    return write(page or folder / "report.html", text)
 
 
 # --- reading and writing a run folder ---------------------------------------------------------------------
@@ -141,8 +141,8 @@ def _is_text(item: Any) -> bool:
     return isinstance(item.get("tokens"), list) and all(isinstance(token, str) for token in item["tokens"])
 
 
-def _write(path: Path, text: str) -> Path:
-    """Write for the owner only, then put in place in one step."""
+def write(path: Path, text: str) -> Path:
+    """Write a page for the owner only, then put in place in one step."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.unlink(missing_ok=True)
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
@@ -151,11 +151,12 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A page's template; `page.css` is the style of all."""
     loader = FileSystemLoader(Path(__file__).parent)
     env = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     env.filters |= {"duration": duration, "number": number, "share": share, "small": small}
-    return env.get_template("report.html.jinja")
+    return env.get_template(name)
 
 
 # --- what the page shows ----------------------------------------------------------------------------------

@@ -10,17 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from grab_jax import client, defenses, masks
+from grab_jax import client, defenses, local_training, masks, privacy
 from grab_jax.config import Config
 from grab_jax.data import ClientBatch
-from grab_jax.types import Batch, Known, Masks, Problem, Vocabulary
+from grab_jax.local_training import Local
+from grab_jax.types import Batch, Defended, Known, Masks, Problem, Vocabulary
 
 DEFENSE = 2**32 - 1
 """Folded into the client's key for what is random in the update as a whole; rows of the data stay below it."""
 
 
 class Simulated(NamedTuple):
-    """A problem and the truth behind it: the batch and the client's dropout masks (None in evaluation mode)."""
+    """A problem and the truth behind it: the batch and the client's dropout masks (None in evaluation mode).
+
+    Under several local steps masks have an epoch axis, `[b e ...]`.
+    """
 
     batch: ClientBatch
     problem: Problem
@@ -36,49 +40,141 @@ def simulate(
     vocabulary: Vocabulary,
     config: Config,
 ) -> Simulated:
-    """One client's FedSGD update and what the attacker knows about it.
+    """One client's update and what the attacker knows about it.
 
-    Each sentence's dropout key is `key` folded with its row in the data, so a sentence keeps its masks in any batch.
+    Each sentence's dropout key is `key` folded with its row in the data, so a sentence keeps its masks in any batch;
+    later epochs of local training have keys of their own.
     """
-    ids, attention, _ = batch.batch
-    dropped = None
-    if config.client.dropout > 0:
-        rows = np.array([s.row % DEFENSE for s in batch.sentences], np.uint32)  # control rows are negative
-        dropped = _dropped(model, ids.shape[1])(key, rows)
-    labels = jax.nn.one_hot(batch.batch.labels, model.num_labels)
-    update = compiled(model)(trainable, frozen, ids, attention, labels, dropped)
-    observed = defense(config)(jax.random.fold_in(jax.random.fold_in(key, DEFENSE), batch.index), update)
-    known = told(batch.batch, labels, dropped, vocabulary, config)
+    local, count = config.client.local, len(batch.batch.ids)
+    labels, dropped = jax.nn.one_hot(batch.batch.labels, model.num_labels), _masks(key, model, batch, config)
+    sent = (trainable, frozen, *batch.batch[:2], labels, dropped)
+    if config.defense.clip is None:
+        update = compiled(model, local)(*sent)
+    else:
+        update = {path: leaf.mean(0) for path, leaf in _examples(model, config.defense.clip)(*sent).items()}
+    observed = defense(config, count)(_defense_key(key, batch), update)
+    if dropped is not None and local is not None and local.steps(count) == 1:
+        dropped = _first_epoch(dropped)
+    # An attacker that takes several steps for one gradient has room for one epoch's masks.
+    several = dropped is not None and local is not None and local.steps(count) > 1
+    given = _first_epoch(dropped) if several and not config.told_local.told else dropped
+    known = told(batch.batch, labels, given, vocabulary, config)
     problem = Problem(
         model, trainable, frozen, observed, known, vocabulary,
         dropout=config.client.dropout > 0, lengths=config.known.lengths, rate=config.known.rate,
+        local=config.told_local, defended=defended(config),
     )  # fmt: skip
     return Simulated(batch, problem, dropped)
 
 
-def defense(config: Config) -> defenses.Defense:
-    """What the client does to its update: noise, then pruning, then the precision it is sent in."""
+def _masks(key: Key[Array, ""], model: Any, batch: ClientBatch, config: Config) -> Masks | None:
+    """The client's dropout masks `[b ...]`, or under local training `[b e ...]`; None in evaluation mode."""
+    if config.client.dropout == 0:
+        return None
+    rows, local = np.array([s.row % DEFENSE for s in batch.sentences], np.uint32), config.client.local
+    return _dropped(model, batch.batch.ids.shape[1], local and local.epochs)(key, rows)  # control rows are negative
+
+
+def _first_epoch(dropped: Masks) -> Masks:
+    return {name: mask[:, 0] for name, mask in dropped.items()}
+
+
+def _defense_key(key: Key[Array, ""], batch: ClientBatch) -> Key[Array, ""]:
+    return jax.random.fold_in(jax.random.fold_in(key, DEFENSE), batch.index)
+
+
+def measure(
+    key: Key[Array, ""],
+    model: Any,
+    trainable: dict[str, Array],
+    frozen: dict[str, Array],
+    batch: ClientBatch,
+    config: Config,
+) -> privacy.Measured | None:
+    """Clip and noise of the update that `simulate` gives for the same arguments, before anything that follows noise.
+
+    None where neither clip nor noise is set, where the noise is on tensors that several examples normalise together,
+    and of local training: no share of such an update is one example's.
+    """
+    said, count = config.defense, len(batch.batch.ids)
+    noises, unit = _noises(config, count), said.noise > 0 and said.noise_on == "normalised"
+    if unit and said.noise_multiplier:
+        noises, unit = noises[:1], False  # what is private already stays so
+    if (said.clip is None and not noises) or (unit and count > 1) or config.client.local is not None:
+        return None
+    labels, dropped = jax.nn.one_hot(batch.batch.labels, model.num_labels), _masks(key, model, batch, config)
+    clip = float("inf") if said.clip is None else said.clip
+    each = _examples(model, clip)(trainable, frozen, *batch.batch[:2], labels, dropped)
+    shares = {path: share / count for path, share in each.items()}
+    update = {path: share.sum(0) for path, share in shares.items()}
+    if unit:
+        units = defenses.noise(0.0)(jax.random.key(0), update)
+        shares = {path: value[None] for path, value in units.items()}
+    return privacy.measured(shares, defenses.chain(*noises)(_defense_key(key, batch), update))
+
+
+def _noises(config: Config, examples: int) -> list[defenses.Defense]:
     said, steps = config.defense, []
+    if said.noise_multiplier:
+        steps.append(defenses.noise(said.noise_multiplier * said.clip / examples, normalised=False))
     if said.noise:
         steps.append(defenses.noise(said.noise, normalised=said.noise_on == "normalised"))
+    return steps
+
+
+def defense(config: Config, examples: int = 1) -> defenses.Defense:
+    """What the client does to its update of some examples: noise, pruning, signs, levels, the precision on the wire.
+
+    The noise of DP-SGD is first: of `noise_multiplier * clip` on the sum, so of that over their number on the mean.
+    """
+    said, steps = config.defense, _noises(config, examples)
     if said.prune:
         steps.append(defenses.prune(said.prune, said.prune_by))
+    if said.sign:
+        steps.append(defenses.sign())
+    if said.quantise:
+        steps.append(defenses.quantise(said.quantise, said.quantise_by))
     if config.client.wire != "float32":
         steps.append(defenses.wire(config.client.wire))
     return defenses.chain(*steps)
 
 
+def defended(config: Config) -> Defended:
+    """What a server that knows the defense can follow of it."""
+    said = config.defense
+    unit = said.noise > 0 and said.noise_on == "normalised"
+    return Defended(clip=said.clip, normalised=unit, pruned=said.prune > 0, signs=said.sign)
+
+
 @lru_cache(maxsize=8)
-def compiled(model: Any):
-    """The jitted client step of a model."""
-    return jax.jit(client.fedsgd(model))
+def compiled(model: Any, local: Local | None = None):
+    """The jitted client of a model: one gradient, or local training."""
+    return jax.jit(client.fedsgd(model) if local is None else local_training.fedavg(model, local))
+
+
+@lru_cache(maxsize=8)
+def _examples(model: Any, clip: float):
+    """The jitted client step of a model that keeps its examples apart, each clipped."""
+    return jax.jit(client.examples(client.fedsgd(model), clip))
 
 
 @lru_cache(maxsize=64)
-def _dropped(model: Any, length: int):
-    """The jitted draw of masks for sentences of a padded length, each by its row in the data."""
+def _dropped(model: Any, length: int, epochs: int | None):
+    """The jitted draw of masks for sentences of a padded length, each by its row in the data; `[b e ...]` if `epochs`.
+
+    The first epoch's are FedSGD's.
+    """
     keyed = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return jax.jit(lambda key, rows: masks.sample(keyed(key, rows), model.sites, length))
+
+    def draw(key, rows):
+        if epochs is None:
+            return masks.sample(keyed(key, rows), model.sites, length)
+        # Twice the number above every row: no other key is made so.
+        later = jax.random.fold_in(jax.random.fold_in(key, DEFENSE), DEFENSE)
+        keys = [key, *(jax.random.fold_in(later, epoch) for epoch in range(1, epochs))]
+        return local_training.draw([keyed(one, rows) for one in keys], model.sites, length)
+
+    return jax.jit(draw)
 
 
 def told(batch: Batch, labels: Array, dropped: Masks | None, vocabulary: Vocabulary, config: Config) -> Known:

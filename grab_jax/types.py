@@ -90,13 +90,28 @@ class Vocabulary(NamedTuple):
     special: frozenset[int]
 
 
+class Defended(NamedTuple):
+    """What a client does to its update before sending it, as far as it changes what a candidate must match.
+
+    `clip`: examples are rescaled to this norm; `normalised`: each tensor is divided by its norm (then comes noise);
+    `pruned`: entries that are zero were not sent; `signs`: only signs are sent.
+    """
+
+    clip: float | None = None
+    normalised: bool = False
+    pruned: bool = False
+    signs: bool = False
+
+
 class Problem(NamedTuple):
     """The threat model: everything an attack may use, and nothing else.
 
     `model` is a `grab_jax.models.Model`; `trainable` and `frozen` split its parameters (`tuning.split`): the server
     sees the gradient of `trainable` only. `observed` is that update. `dropout` tells whether the client trained with
     dropout masks, `lengths` whether `known` holds every sentence's length, `rate` whether the server knows the dropout
-    rate.
+    rate. `local` is None for one gradient; otherwise `observed` is the change of the weights, and `local` what is known
+    of the training in between (`local_training.Local`). `defended` is the client's defense, which an attack may follow
+    or not.
     """
 
     model: Any
@@ -108,6 +123,8 @@ class Problem(NamedTuple):
     dropout: bool
     lengths: bool
     rate: bool = True
+    local: Any = None
+    defended: Defended = Defended()
 
 
 class Result(NamedTuple):

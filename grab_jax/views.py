@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from grab_jax.leaves import LowRank, Pruned, Seen, Signs, thin
-from grab_jax.types import InputError, Update
+from grab_jax.leaves import LowRank, Pruned, Seen, Signs, Unit, has_direction, thin
+from grab_jax.types import Defended, InputError, Update
 
-Name = Literal["all", "unpruned", "signs"]
+Name = Literal["auto", "all", "normalised", "unpruned", "signs"]
+
+NOTHING = Defended()
 
 LEFT_OUT = 2.0**-20
 """Size of a remainder, relative to the matrix, that counts as rounding: 16 units in the last place of float32."""
@@ -25,12 +27,36 @@ LEFT_OUT = 2.0**-20
 _SPARE = 8
 
 
-def seen(updates: Sequence[Update], rows: int, name: Name = "all", layers: str = "") -> list[dict[str, Seen]]:
-    """Observed updates of one model by the name of a view and a pattern of tensors; `rows` as in `factored`."""
-    chosen = [only(update, layers) for update in updates]
-    if name == "all":
-        return factored(chosen, rows)
-    return [{"unpruned": unpruned, "signs": signs}[name](update) for update in chosen]
+def seen(
+    updates: Sequence[Update], rows: int, name: Name = "all", layers: str = "", defended: Defended = NOTHING
+) -> list[dict[str, Seen]]:
+    """Observed updates of one model by the name of a view and a pattern of tensors; `rows` as in `factored`.
+
+    `auto` follows `defended`; see `through`.
+    """
+    chosen, defense = [only(update, layers) for update in updates], through(name, defended)
+    if defense.normalised or defense.pruned or defense.signs:
+        return [_part(update, defense) for update in chosen]
+    return factored(chosen, rows)
+
+
+def through(name: Name, defended: Defended) -> Defended:
+    """The defense that a view follows: the client's own (`auto`), none (`all`), or the one that it is named after.
+
+    Signs say nothing of a tensor's size, which `auto` takes from the candidate as well: the hinge of a gradient that is
+    zero would be the lowest.
+    """
+    if name == "auto":
+        return defended._replace(normalised=defended.normalised or defended.signs)
+    return Defended(normalised=name == "normalised", pruned=name == "unpruned", signs=name == "signs")
+
+
+def _part(observed: Update, defense: Defended) -> dict[str, Seen]:
+    """What the defense left of an update; rounding that was brought to a norm of 1 is left out."""
+    part = signs(observed) if defense.signs else unpruned(observed) if defense.pruned else observed
+    if not defense.normalised:
+        return dict(part)
+    return {path: Unit(leaf) for path, leaf in part.items() if has_direction(path)}
 
 
 def only(observed: Update, pattern: str) -> dict[str, Array]:

@@ -9,8 +9,9 @@ import numpy as np
 from goldens import golden as goldens
 
 from grab_jax import models, simulate, tuning
-from grab_jax.config import ClientConfig, Config, KnownConfig
+from grab_jax.config import ClientConfig, Config, DefenseConfig, KnownConfig
 from grab_jax.data import ClientBatch, Sentence
+from grab_jax.models import lora
 from grab_jax.types import Batch, Vocabulary
 
 WIDTH, HEADS, TOKENS, POSITIONS, LENGTH = 64, 4, 200, 12, 8
@@ -55,13 +56,18 @@ def sentence(family, rng, words):
 
 
 def client(
-    family, sentences, *, rate=0.1, dropout=True, seed=0, layers=2, task="classification", frozen="embeddings", **known
-):
+    family, sentences, *, rate=0.1, dropout=True, seed=0, layers=2, task="classification", frozen="embeddings",
+    defense=None, adapters=None, **known,
+):  # fmt: skip
     """The simulated client of sentences of token ids, padded to the same 8 positions each time.
 
-    `known` is what `KnownConfig` takes.
+    `adapters` are those of a LoRA client; `known` is what `KnownConfig` takes.
     """
+    defense = defense or DefenseConfig()
     model, params = random_model(family, rate, layers=layers, task=task)
+    freezes = tuning.freezes(model, frozen)
+    if adapters is not None:
+        (model, params), freezes = lora.add(jax.random.key(9), model, params, adapters), lora.is_frozen
     vocabulary, lengths = VOCABULARY[family], np.array([len(s) for s in sentences])
     ids = np.full((len(sentences), LENGTH), vocabulary.pad, np.int32)
     for row, tokens in zip(ids, sentences, strict=True):
@@ -70,9 +76,9 @@ def client(
     batch = Batch(jnp.asarray(ids), jnp.asarray(attention), jnp.arange(len(sentences)) % 3)
     texts = tuple(Sentence("", 0, row) for row in range(len(sentences)))
     return simulate.simulate(
-        jax.random.key(seed), model, *tuning.split(params, tuning.freezes(model, frozen)),
+        jax.random.key(seed), model, *tuning.split(params, freezes),
         ClientBatch(0, texts, (), (), batch), vocabulary,
-        Config(client=ClientConfig(dropout=rate * dropout), known=KnownConfig(**known)),
+        Config(client=ClientConfig(dropout=rate * dropout), known=KnownConfig(**known), defense=defense),
     )  # fmt: skip
 
 

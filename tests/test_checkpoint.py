@@ -1,6 +1,8 @@
 """Checkpoints: what is saved comes back bit for bit, and a damaged newest state gives way to the one before."""
 
+import os
 import shutil
+import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -80,6 +82,34 @@ def test_two_are_kept_and_counting_goes_on(saved):
     assert_same(checkpoints.restore(state(0)), state(9))
     checkpoints.close()
     assert sorted(path.name for path in saved.iterdir()) == ["3", "4"]
+
+
+def test_arrays_may_change_while_they_are_written(tmp_path):
+    """What is written is what was given, though the attack goes on with the same memory."""
+    checkpoints, moving = Checkpoints(tmp_path / "ckpt"), state(3)
+    checkpoints.save(moving)
+    for leaf in jax.tree.leaves(moving):
+        if isinstance(leaf, np.ndarray):
+            leaf.fill(0)
+    assert_same(checkpoints.restore(state(0)), state(3))
+    checkpoints.close()
+
+
+def test_saving_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    """A disk that takes its time holds up the next state, not the attack."""
+    slow, replace = threading.Event(), os.rename
+
+    def rename(*args):
+        slow.wait(30)
+        replace(*args)
+
+    checkpoints = Checkpoints(tmp_path / "ckpt")
+    monkeypatch.setattr(os, "rename", rename)
+    checkpoints.save(state(1))
+    assert not list((tmp_path / "ckpt").glob("[0-9]"))
+    slow.set()
+    assert_same(checkpoints.restore(state(0)), state(1))
+    checkpoints.close()
 
 
 def cut_data(newest):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from goldens import golden as goldens
 
@@ -207,3 +208,47 @@ def test_a_causal_lm_client_predicts_the_next_token():
     found = client.fedsgd(loaded.model)(trainable, frozen, ids, attention, jnp.zeros((2, 3)))
     for path, value in expected.items():
         np.testing.assert_allclose(found[path], value, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("family", ["bert"], indirect=True)
+def test_clipped_examples_are_those_of_optax_and_infinite_clip_is_the_plain_update(loaded, golden):
+    ids, attention, labels, dropped = batch_of(golden, loaded.model, "float32")
+    parts = tuning.split(loaded.params, tuning.freezes(loaded.model, "none"))
+    dense, factored = (client.fedsgd(loaded.model, factored=f) for f in (False, True))
+
+    @jax.jit
+    def found(clip):
+        args = (*parts, ids, attention, labels, dropped)
+        thin = client.clipped(factored, clip)(*args)
+        assert any(isinstance(leaf, leaves.Outer) for leaf in thin.values())
+        return (
+            dense(*args), client.examples(dense, clip)(*args), client.clipped(dense, clip)(*args),
+            {path: leaves.dense(leaf) for path, leaf in thin.items()},
+        )  # fmt: skip
+
+    plain, alone, whole, thin = found(jnp.inf)
+    assert_same_update(whole, plain, 1e-5)
+    assert_same_update(thin, plain, 1e-5)
+    square = lambda v: (np.asarray(v, np.float64) ** 2).reshape(3, -1).sum(1)  # noqa: E731
+    size = lambda update: np.sqrt(sum(map(square, update.values())))  # noqa: E731
+    sizes = size(alone)
+    clip = float(np.sort(sizes)[1] * 0.999)  # the smallest stays as it is, two are cut
+    _, each, mean, thin = found(clip)
+    np.testing.assert_allclose(size(each), np.minimum(sizes, clip), rtol=1e-5)
+    total, number = optax.per_example_global_norm_clip(list(alone.values()), clip)
+    assert number == 2
+    wanted = {path: np.asarray(value) / 3 for path, value in zip(alone, total, strict=True)}
+    assert_same_update(mean, wanted, 1e-5)
+    assert_same_update(thin, wanted, 1e-5)
+
+
+def test_clipping_by_hand_and_a_tensor_that_counts_twice():
+    """Examples (3, 4) and (0.3, 0.4): norms 5 and 0.5; with b twice the first is sqrt(9 + 32)."""
+    step = lambda trainable, frozen, x, *rest: {"a": x[0, :1], "b": x[0, 1:]}  # noqa: E731
+    x = jnp.array([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
+    args = ({}, {}, x, x, x, None)
+    np.testing.assert_allclose(client.examples(step, 1.0)(*args)["b"][:, 0], [0.8, 0.4, 0], rtol=1e-6)
+    np.testing.assert_allclose(client.clipped(step, 1.0)(*args)["a"], [(0.6 + 0.3) / 3], rtol=1e-6)
+    found = client.examples(step, 1.0, twice="b")(*args)["a"][:, 0]
+    np.testing.assert_allclose(found, [3 / np.sqrt(41), 0.3, 0], rtol=1e-6)
+    assert np.isfinite(jax.grad(lambda x: client.clipped(step, 1.0)({}, {}, x, x, x, None)["a"].sum())(x)).all()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,12 +28,48 @@ meshes = [list(programs.mesh_for(*sizes).shape.values()) for sizes in ((2, 4), (
 print(json.dumps([meshes, [(np.asarray(r.ids).tolist(), [p["loss"] for p in r.trace]) for r in found]]))
 """
 
+COMPILED = """
+import json
+import jax
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_num_cpu_devices", 4)
+from dataclasses import replace
+import test_grab
+from grab_jax.attacks import grab, programs
+NAMES = ("choose", "init", "run", "move", "tokens", "score")
+texts, compiled = {}, programs.compiled
+def watch(name, function):
+    def call(*args):
+        if name not in texts:
+            texts[name] = function.lower(*args).compile().as_text()
+        return function(*args)
+    return call
+def watching(*args):
+    found = compiled(*args)
+    return found._replace(**{name: watch(name, getattr(found, name)) for name in NAMES})
+programs.compiled = watching
+loaded = test_grab.one_layer("bert", num_hidden_layers=1)
+truths = [test_grab.made(loaded, (words,), dropout=0.1) for words in ((10, 20, 30), (33, 22, 11))]
+sizes = {"steps": 12, "restarts": 4, "candidates": 6, "permutations": 6, "moves": 4, "moves_every": 6}
+config = replace(test_grab.FAST, rounds=1, sweeps=1, **sizes)
+grab.attack(test_grab.keys(7, 8), [t.problem for t in truths], config)
+print(json.dumps(texts))
+"""
+COLLECTIVE = re.compile(
+    r"= (\S+) (all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter|ragged-\S+|send|recv)(?:-start)?\("
+)
+
 
 def attacked(devices, chunk, together):
     """Meshes, and the results of three client batches with four restarts, in a process of its own."""
+    return answer(RUN, str(devices), str(chunk), str(together))
+
+
+def answer(program, *args):
+    """What a program of its own prints."""
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent)])
-    command = [sys.executable, "-c", RUN, str(devices), str(chunk), str(together)]
+    command = [sys.executable, "-c", program, *args]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
@@ -62,3 +99,18 @@ def test_the_result_is_that_of_one_large_device(alone, devices, chunk, together,
     for (ids, losses), (other_ids, other_losses) in zip(results, alone[1], strict=True):
         np.testing.assert_array_equal(ids, other_ids)
         np.testing.assert_allclose(losses, other_losses, rtol=1e-3)
+
+
+def test_devices_exchange_the_best_loss_and_nothing_else():
+    """Two batches with four restarts on a grid of 2 x 2: of six programs the descent alone communicates, once."""
+    texts = answer(COMPILED)
+    found = {name: COLLECTIVE.findall(text) for name, text in texts.items()}
+    (shape, kind) = found.pop("run")[0]
+    assert kind == "all-reduce"
+    assert shape.startswith("f32[1,12]")  # of one batch a device, the best loss of each of 12 steps
+    assert len(COLLECTIVE.findall(texts["run"])) == 1
+    (reduced,) = re.findall(r"all-reduce\(.*to_apply=%?([\w.-]+)", texts["run"])
+    (body,) = re.findall(rf"^%?{re.escape(reduced)} .*?^}}", texts["run"], re.M | re.S)
+    assert "minimum(" in body
+    assert "replica_groups={{0,1},{2,3}}" in texts["run"] or "replica_groups=[2,2]" in texts["run"]
+    assert found == {name: [] for name in ("choose", "init", "move", "tokens", "score")}

@@ -22,9 +22,15 @@ PRESETS = sorted((ROOT / "experiments").glob("*.flags"))
 SCRIPTS = sorted((ROOT / "experiments").glob("*.py"))
 SMALL = """--model=builtin:bert-mini --data=builtin --num_batches=2 --batch_size=1 --attack_rounds=1 --attack_steps=10
     --attack_candidates=4 --attack_permutations=4 --attack_sweeps=1"""
+RUNS = ("as_bfloat16.py",)
+"""Scripts that take the flags of a run."""
+
 SMALL_SCRIPTS = {
+    "as_bfloat16.py": SMALL + " --run_dir={tmp}/run",
     "bench_batching.py": "--model=builtin:bert-mini --together=2 --length=8 --steps=2 --repeats=1",
     "bench_matching.py": "--sizes=tiny --lengths=8 --restarts=1 --repeats=1",
+    "bench_throughput.py": """--num_batches=2 --together=2 --settings='--attack_rounds=1 --attack_steps=10
+        --attack_candidates=4 --attack_permutations=4 --attack_sweeps=1'""",
     "compare.py": "--a={run} --b={run}",
     "span_aggregation.py": "--clients=2 --size=1",
     "span_decoys.py": "--problems=2 --sizes=1 --out={tmp}/decoys.jsonl",
@@ -77,6 +83,11 @@ def ours(words):
     if words[0] == "python":
         return (words[1] == "-m" and words[2] in PROGRAMS) or words[1].startswith("experiments/")
     return words[0] == "make" or words[0].startswith("launch/")
+
+
+def program_flags(words):
+    """The flags of the program, without a launch script's options in front of `--`."""
+    return words[words.index("--") + 1 :] if "--" in words else words[1:]
 
 
 def every():
@@ -136,6 +147,9 @@ def test_commands_parse(command, monkeypatch):
     elif first == "python":
         script = ROOT / rest[0]
         assert script in SCRIPTS, f"{rest[0]} does not exist"
+        if script.name in RUNS:
+            config(rest[1:])
+            return
         for arg in rest[1:]:
             name = re.fullmatch(r"--(?:no)?(\w+)(=.*)?", arg)
             assert name, f"{arg} is no flag"
@@ -146,7 +160,7 @@ def test_commands_parse(command, monkeypatch):
         assert {arg for arg in rest if "=" not in arg} <= set(targets)
     else:
         assert os.access(ROOT / first, os.X_OK), f"{first} is no program"
-        config([arg for arg in rest if arg not in ("--help", "--dry-run")])
+        config([arg for arg in program_flags(command.words) if arg not in ("--help", "--dry-run")])
 
 
 @pytest.mark.parametrize(
@@ -192,7 +206,8 @@ def environment(tmp_path_factory):
     cache_folder = tmp_path_factory.mktemp("xla")
     return os.environ | {
         "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_COMPILATION_CACHE_DIR": str(cache_folder), "GRAB_JAX_CACHE": str(cache_folder),
+        "JAX_COMPILATION_CACHE_DIR": str(cache_folder),
+        "TPU_NAME": "tpu-1", "ZONE": "us-central2-b", "CLUSTER": "c", "WORKLOAD": "w",  # documented before commands
     }  # fmt: skip
 
 
@@ -219,17 +234,20 @@ def runnable():
 @pytest.mark.long
 @pytest.mark.parametrize("command", runnable(), ids=str)
 def test_commands_run(command, environment, finished, tmp_path):
+    if "--dry-run" in command.words:
+        assert execute(environment, *command.words).strip()
+        return
     words = [word for word in command.words if not word.startswith("--run_dir=")]
     report = "--mode=report" in words
     if words[0] == "python" and words[1] != "-m":
         small = SMALL_SCRIPTS[Path(words[1]).name].format(run=finished, root=ROOT, tmp=tmp_path)
-        assert execute(environment, *words, *small.split())
+        assert execute(environment, *words, *shlex.split(small))
         return
     if "grab_jax.train_prior" in words:
         assert execute(environment, *words, *SMALL_PRIOR.format(tmp=tmp_path).split())
         return
     folder = finished if report else tmp_path / "run"
     output = execute(environment, *words, *SMALL.split(), f"--run_dir={folder}")
-    if "--dry_run" not in words and "--dry-run" not in words:
+    if "--dry_run" not in words:
         assert (folder / "report.html").is_file()
     assert output.strip()

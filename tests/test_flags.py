@@ -149,6 +149,14 @@ def test_lamps_weights_follow_its_distance():
     assert weights("--attack_distance=squared+l1", "--attack_prior_weight=3") == (25.0, 3.0)
 
 
+def test_the_bundled_prior_is_the_models_own():
+    judge = lambda model: parse("--attack=lamp", "--attack_prior=builtin", f"--model=builtin:{model}").attack.prior  # noqa: E731
+    assert judge("bert-mini") == "builtin:bert-mini-prior"
+    assert judge("gpt2-mini") == "builtin:gpt2-mini"
+    with pytest.raises(InputError, match=r"not for --model=some/model; train a prior .* grab_jax.train_prior"):
+        parse("--attack=lamp", "--attack_prior=builtin", "--model=some/model")
+
+
 def test_the_help_says_every_attacks_own_default():
     values = absl_flags.FlagValues()
     flags.define(Config(), values)
@@ -156,12 +164,14 @@ def test_the_help_says_every_attacks_own_default():
 
 
 BAD = """num_batches=0 batch_size=0 seed=-1 seed=4294967296 data_start=-1 data_max_length=3 client_dropout=1
-    client_dropout=-0.1 client_dropout=nan attack_rounds=0 attack_steps=0 attack_restarts=0 attack_decay_every=0
+    client_dropout=-0.1 client_dropout=nan client_epochs=0 client_local_batch=-1 client_lr=0 client_momentum=1
+    client_weight_decay=-1 attack_rounds=0 attack_steps=0 attack_restarts=0 attack_decay_every=0
     attack_beam=0 attack_candidates=-1 attack_permutations=-1 attack_sweeps=-1 attack_l1=-1 attack_weight_decay=-1
     attack_lr=0 attack_decay=0 attack_clip=0 attack_chunk=0 attack_together=0 attack_mask_start=1.1 attack_moves=-1
     attack_moves_every=0 attack_moves_after=2 attack_norm_weight=-1 attack_prior_weight=-1
     attack_dager_near=0 attack_dager_near=1 attack_dager_whole=-1 attack_dager_budget=0 attack_dager_spare=0
-    run_group=0 run_memory_gb=0 run_checkpoint_minutes=-1"""
+    run_group=0 run_memory_gb=0 run_checkpoint_minutes=-1 utility_rounds=0 utility_clients=0 utility_lr=0
+    utility_held_out=1"""
 
 
 @pytest.mark.parametrize("flag", BAD.split())

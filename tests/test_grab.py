@@ -125,7 +125,7 @@ class Learnt(NamedTuple):
 
 @pytest.fixture(scope="module")
 def learnt(dropped):
-    run = programs.compiled(dropped.problem.model, FAST, BERT, programs.mesh_for(1), None).run
+    run = programs.compiled(dropped.problem.model, FAST, BERT, programs.mesh_for(1), None, None).run
     before, search = run._cache_size(), discrete.beam.search
     for seed in range(20):  # the first that does not stop early: what follows needs both rounds
         states, seen, pools = [], [], []
@@ -161,6 +161,7 @@ def test_without_dropout_every_token_is_recovered_and_the_attack_stops_early(pla
         assert (np.asarray(result.confidence)[free] > 0.5).all()
 
 
+@pytest.mark.long
 def test_the_control_with_the_true_masks_recovers_a_batch_of_two(bert):
     truth = made(bert, ((10, 20, 30), (15, 25)), dropout=0.1, masks="true", frozen="none")
     assert truth.problem.known.masks is not None
@@ -197,6 +198,7 @@ def test_the_loss_is_that_of_the_returned_tokens_under_the_returned_masks(droppe
     assert result.loss == min(stages(result, "tokens")[-1], stages(result, "discrete")[-1])
 
 
+@pytest.mark.long
 def test_tokens_may_be_scored_without_masks(dropped):
     """The loss is then that of the returned tokens in evaluation mode, and differs from that under the masks."""
     (result,) = solve(dropped, config=replace(FAST, rounds=1, score_masks="off"))
@@ -248,8 +250,8 @@ def test_progress_names_round_phase_and_step(learnt):
 def test_the_same_seed_repeats_and_another_differs_without_compiling_again(dropped, learnt):
     result = learnt.result
     assert learnt.traces <= 1
-    compiled = programs.compiled(dropped.problem.model, FAST, BERT, programs.mesh_for(1), None)
-    assert compiled is programs.compiled(dropped.problem.model, FAST, BERT, programs.mesh_for(1), None)
+    compiled = programs.compiled(dropped.problem.model, FAST, BERT, programs.mesh_for(1), None, None)
+    assert compiled is programs.compiled(dropped.problem.model, FAST, BERT, programs.mesh_for(1), None, None)
     functions = [f for f in compiled if hasattr(f, "_cache_size")]
     before = [f._cache_size() for f in functions]
     same(solve(dropped, seeds=(learnt.seed,))[0], result)
@@ -312,6 +314,7 @@ def test_a_batch_that_stops_last_keeps_the_trace_of_its_last_round(plain, group)
     assert stages(resumed[0], "discrete") == stages(results[0], "discrete")
 
 
+@pytest.mark.long
 def test_what_is_not_told_is_searched_and_all_restarts_feed_the_pools(bert, monkeypatch):
     truth = made(bert, TWO, dropout=0.0, known=KnownConfig(labels=False, lengths=False))
     known = truth.problem.known
@@ -343,6 +346,7 @@ def test_what_is_not_told_is_searched_and_all_restarts_feed_the_pools(bert, monk
         assert set(np.nonzero(states[-1].pools[0, row])[0]) == set(tokens[:, row, 1:6].ravel())
 
 
+@pytest.mark.long
 def test_a_model_without_special_tokens():
     loaded = one_layer("gpt2", n_layer=1)
     truth = made(loaded, ((5, 17, 23, 42),), dropout=0.0, vocabulary=GPT2, frozen="none")

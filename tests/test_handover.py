@@ -319,6 +319,7 @@ def test_the_first_start_holds_what_is_known_and_begins_at_what_is_not_sure(trut
     assert [one["certified"] for one in result.evidence["sentences"]] == [False, False, True]
 
 
+@pytest.mark.long
 def test_not_testable_is_plain_grab_and_says_why(truth):
     rng = np.random.default_rng(0)
     full = {
@@ -336,6 +337,7 @@ def test_not_testable_is_plain_grab_and_says_why(truth):
     assert result.evidence["sentences"] == []
 
 
+@pytest.mark.long
 def test_without_mask_learning_masks_that_are_known_still_count(truth, lose):
     lose(THREE[:2])
     (result,) = attack(truth.problem, config=replace(ONE, masks="off"))
@@ -377,6 +379,7 @@ def data(tmp_path):
     return path
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("settings")
 def test_a_whole_run(folder, data, tmp_path):  # noqa: F811
     """Two batches in one program: the first loses a sentence, the second is solved by span decoding alone."""

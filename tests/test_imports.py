@@ -25,6 +25,12 @@ EDGE = {
     "dry_run",
     "command",
     "train_prior",
+    "sweep",
+    "sweep_table",
+    "sweep_page",
+    "trackers",
+    "utility",
+    "sharding",
 }
 
 
@@ -68,8 +74,10 @@ def test_the_reader_of_imports_sees_every_form(tmp_path):
         (("absl",), {"command", "flags"}),
         (("tokenizers", "datasets"), {"data"}),
         (("transformers",), {"data", "models/convert"}),
-        (("safetensors",), {"data", "models/convert"}),
+        (("safetensors",), {"data", "models/convert", "models/peft"}),
         (("torch",), {"models/convert"}),
+        (("dp_accounting",), {"privacy"}),
+        (("tensorboardX", "wandb"), {"trackers"}),
         (("jinja2", "matplotlib"), {"report"}),
     ],
     ids=lambda value: " ".join(sorted(value)),
@@ -118,7 +126,8 @@ def test_lower_layers_do_not_know_higher_ones(folder, forbidden):
         ("distances", {"types", "leaves"}),
         ("tuning", {"types"}),
         ("client", {"types", "leaves", "losses", "tuning", "masks"}),
-        ("matching", {"types", "leaves", "client", "distances", "masks", "losses"}),
+        ("local_training", {"types", "client", "masks"}),
+        ("matching", {"types", "leaves", "client", "local_training", "distances", "masks", "losses"}),
     ],
 )
 def test_pure_modules_rest_on_those_below_them(module, allowed):
@@ -129,19 +138,20 @@ def test_span_decoding_meets_models_in_one_module_only():
     """`span` is arrays only; `models.first_attention` describes a model to it, for the attacks that decode."""
     assert inside("span/")
     assert all(own(found) <= {"span"} for found in inside("span/").values())
-    assert importers("grab_jax.models.first_attention") == {"attacks/dager", "attacks/span", "attacks/span_evaluation"}
+    decoders = {"attacks/dager", "attacks/span", "attacks/span_evaluation", "attacks/span_lora"}
+    assert importers("grab_jax.models.first_attention") == decoders
     assert {module for module in importers("grab_jax.span") if module.startswith("models/")} == {
         "models/first_attention"
     }
 
 
 def test_reports_and_metrics_need_no_jax():
-    assert not importers("jax") & {"report", "metrics"}
+    assert not importers("jax") & {"report", "metrics", "sweep_table", "sweep_page", "sweep_chart"}
 
 
 def test_only_the_command_line_reads_flags_or_runs():
     assert {m for m, found in MODULES.items() if "main" in own(found)} == set()
-    assert {m for m, found in MODULES.items() if "run" in own(found)} <= {"main", "dry_run", "comparison"}
+    assert {m for m, found in MODULES.items() if "run" in own(found)} <= {"main", "dry_run", "comparison", "sweep"}
 
 
 def test_importing_the_attacks_is_light_and_defines_no_flag():

@@ -212,6 +212,7 @@ def test_dropout_is_ignored_by_default(bert):
     assert result.masks is None
 
 
+@pytest.mark.long
 def test_masks_and_labels_are_learned_where_asked(bert):
     truth = made(bert, EASY[0], dropout=0.1, known=KnownConfig(labels=False))
     config = AttackConfig(name="lamp", steps=60, candidates=4, permutations=4, moves=8, chunk=8, masks="learn")

@@ -1,10 +1,13 @@
 """The shell scripts: help, dry run, refusals, and that every argument arrives unbroken."""
 
+import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,51 +80,273 @@ def test_local_keeps_the_exit_code(teller):
     assert sh("local.sh", "--seed=1", PYTHON=str(broken)).returncode == 7
 
 
-@pytest.mark.parametrize("args", [["--seed=1"], ["--dry-run", "--flagfile=x"], ["--dry-run"]], ids=" ".join)
-def test_slurm_wants_a_run_folder(args):
-    done = sh("slurm.sh", *args)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "--run_dir" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_local_dry_run(tmp_path):
+    """The printed lines do in bash what the script does."""
+    python = tmp_path / "py thon"
+    python.write_text('#!/bin/sh\npwd; printf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    shown = sh("local.sh", "--dry-run", *ODD, PYTHON=str(python))
+    ran = subprocess.run(["bash", "-c", shown.stdout], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.stdout == sh("local.sh", *ODD, PYTHON=str(python)).stdout
 
 
-def test_slurm_dry_run():
-    done = sh("slurm.sh", "--dry-run", "--run_dir=r", GRAB_SBATCH="--partition=gpu --gres=gpu:1")
-    words = shlex.split(done.stdout)
-    assert done.returncode == 0
-    assert words[0] == "sbatch"
-    assert {"--partition=gpu", "--gres=gpu:1", "--requeue", "--nodes=1"} <= set(words)
-    assert words[-2] == "--wrap"
-    step = ["srun", "--ntasks=1", str(ROOT / "launch" / "local.sh"), "--run_dir=r"]
-    assert shlex.split(words[-1])[: len(step)] == step
-    assert "--signal=TERM@60" in words
+# --- sweeps -------------------------------------------------------------------------------------------------
 
 
-def test_slurm_requeues_an_interrupted_job(teller, tmp_path):
-    """Exit code 130 (state saved) puts the job back in the queue; any other code is passed on."""
-    teller("sbatch")
-    done = sh("slurm.sh", "--run_dir=r", PATH=f"{tmp_path}:{os.environ['PATH']}")
-    job = done.stdout.splitlines()[-1]
-    for code in (130, 2, 0):
-        (tmp_path / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
-        (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@"\n')
-        for name in ("srun", "scontrol"):
-            (tmp_path / name).chmod(0o755)
-        env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-        ran = subprocess.run(["sh", "-c", job], capture_output=True, text=True, env=env)
-        assert ran.returncode == code
-        assert ran.stdout.strip() == ("requeue 7" if code == 130 else "")
+def test_a_sweep_starts_processes_of_one_command(teller):
+    done = sh("sweep.sh", "--processes=3", "--", *ODD, "--sweep_seed=0,1", PYTHON=str(teller("python")))
+    assert done.stdout.splitlines() == ["-m", "grab_jax.main", *ODD, "--sweep_seed=0,1"] * 3
 
 
-def test_slurm_submits(teller, tmp_path):
-    """What sbatch is told to run passes odd arguments through two shells unbroken."""
-    teller("sbatch")
-    done = sh("slurm.sh", *ODD, PATH=f"{tmp_path}:{os.environ['PATH']}")
-    options = done.stdout.splitlines()
-    assert "--job-name=grab_jax" in options
-    (tmp_path / "srun").write_text('#!/bin/sh\nshift\nexec "$@"\n')
-    (tmp_path / "srun").chmod(0o755)
-    env = os.environ | {"PYTHON": str(teller("python")), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    ran = subprocess.run(["sh", "-c", options[-1]], capture_output=True, text=True, env=env)
-    assert ran.stdout.splitlines() == ["-m", "grab_jax.main", *ODD], ran.stderr
+def test_flagfiles_run_in_folders_of_their_own(teller, tmp_path):
+    """As many at once as there are processes; the highest exit code is the sweep's."""
+    python = teller("python")
+    python.write_text(
+        f'#!/bin/sh\necho + >>"{tmp_path}/now"; sleep 0.5; echo - >>"{tmp_path}/now"\n'
+        f'echo "$*" >>"{tmp_path}/said"\ncase "$*" in *b.flags*) exit 3;; *d.flags*) exit 1;; esac\n'
+    )
+    files = ["x/a.flags", "b.flags", "c d.flags", "d.flags"]
+    done = sh("sweep.sh", "--processes=2", *files, "--", "--run_dir=r s", "--seed=1", PYTHON=str(python))
+    assert done.returncode == 3
+    said = {f"-m grab_jax.main --flagfile={f} --run_dir=r s --seed=1 --run_dir=r s/{Path(f).stem}" for f in files}
+    assert set((tmp_path / "said").read_text().splitlines()) == said
+    steps = [1 if line == "+" else -1 for line in (tmp_path / "now").read_text().split()]
+    assert max(sum(steps[:i]) for i in range(len(steps) + 1)) == 2
+
+
+def test_a_stopped_sweep_stops_its_processes(teller, tmp_path):
+    python = teller("python")
+    python.write_text(
+        f"#!/usr/bin/env bash\ntrap 'echo saved >>\"{tmp_path}/saved\"; exit 130' TERM\n"
+        f'touch "{tmp_path}/$$.begun"\nsleep 60 & wait\n'
+    )
+    command = [str(ROOT / "launch" / "sweep.sh"), "--processes=2", "--", "--run_dir=r"]
+    # Its own group and no pipe: the sleeping grandchildren outlive it.
+    process = subprocess.Popen(command, env=os.environ | {"PYTHON": str(python)}, start_new_session=True)
+    try:
+        wait(lambda: len(list(tmp_path.glob("*.begun"))) == 2)
+        process.terminate()
+        assert process.wait(60) == 130
+        assert (tmp_path / "saved").read_text() == "saved\n" * 2
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait(done):
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_sweep_on_gpus_gives_each_process_its_own(teller, tmp_path):
+    python, gpus = teller("python"), teller("nvidia-smi")
+    python.write_text('#!/bin/sh\necho "gpu $CUDA_VISIBLE_DEVICES"\n')
+    gpus.write_text("#!/bin/sh\necho GPU 0\necho GPU 1\n")
+    env = {"PYTHON": str(python), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = sh("sweep.sh", "--processes=2", "--", "--run_dir=r", **env)
+    assert sorted(done.stdout.splitlines()) == ["gpu 0", "gpu 1"]
+
+
+def test_a_sweep_through_slurm_is_one_job():
+    """The script named by --via gets its options and the flags."""
+    through = sh("sweep.sh", "--via=slurm.sh", "--nodes=4", "--dry-run", "--", *ODD)
+    assert through.stdout == sh("slurm.sh", "--dry-run", "--nodes=4", "--", *ODD).stdout
+    files = sh("sweep.sh", "--dry-run", "--via=slurm.sh", "a.flags", "b.flags", "--", "--run_dir=r")
+    jobs = [sh("slurm.sh", "--dry-run", "--", f"--flagfile={n}.flags", "--run_dir=r", f"--run_dir=r/{n}") for n in "ab"]
+    assert files.stdout == "".join(job.stdout for job in jobs)
+
+
+@pytest.mark.parametrize(
+    "args",
+    ["--run_dir=r", "--processes=0 -- --run_dir=r", "--via=none.sh -- --run_dir=r", "-- --seed=1"],
+)
+def test_a_sweep_that_is_not_understood(args):
+    done = sh("sweep.sh", *args.split())
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+
+
+# --- TPU slices and GKE ---------------------------------------------------------------------------------------
+
+GCLOUD = r"""#!/usr/bin/env bash
+# A slice whose two workers are folders; options are remembered in $CLOUD/commands.
+printf '%s\n' "$*" >>"$CLOUD/commands"
+verb=$4 worker=all command="" code=0
+for word in "${@:5}"; do
+  case "$word" in
+    --worker=*) worker="${word#*=}" ;;
+    --command=*) command="${word#*=}" ;;
+    --format=*state*) echo ACTIVE; exit ;;
+    --format=*len*) echo 2; exit ;;
+    -*) ;;
+    *) paths+=("$word") ;;
+  esac
+done
+[ "$worker" = all ] && workers=(0 1) || workers=("$worker")
+case "$verb" in
+  describe) [ -e "$CLOUD/made" ] ;;
+  create) touch "$CLOUD/made" ;;
+  ssh)
+    for w in "${workers[@]}"; do
+      (cd "$CLOUD/$w" && HOME="$CLOUD/$w" WORKER=$w bash -c "$command") || code=$?
+    done
+    exit "$code" ;;
+  scp)
+    for w in "${workers[@]}"; do
+      cp -r "${paths[0]/#tpu-1:/$CLOUD/$w/}" "${paths[1]/#tpu-1:/$CLOUD/$w/}" || exit
+    done ;;
+esac
+"""
+PYTHON = r"""#!/bin/sh
+uv=$HOME/.local/bin/uv
+[ "$2" = pip ] && { printf '#!/bin/sh\necho "uv $*" >>$HOME/uv.log\n' >"$uv"; chmod +x "$uv"; exit; }
+for word; do case "$word" in --run_dir=*) folder="${word#*=}" ;; esac; done
+mkdir -p "$folder"
+printf '%s\n' "$@" >"$folder/said.${WORKER:-here}"
+"""
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    """The environment of a stand-in for gcloud, and for python on workers and here; a copy of the scripts to start."""
+    for folder in ("0/.local/bin", "1/.local/bin", "bin", "repo/launch"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("grab_jax", "experiments", "pyproject.toml", "README.md", "LICENSE"):
+        (tmp_path / "repo" / name).touch()
+    for script in SCRIPTS:
+        shutil.copy(script, tmp_path / "repo" / "launch")
+    for name, text in {"gcloud": GCLOUD, "python3": PYTHON}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    return os.environ | {"CLOUD": str(tmp_path), "PATH": path, "TPU_NAME": "tpu-1", "ZONE": "us-central2-b"}
+
+
+def tpu(cloud, *args):
+    script = Path(cloud["CLOUD"]) / "repo" / "launch" / "tpu.sh"
+    return subprocess.run([str(script), *args], capture_output=True, text=True, env=cloud, timeout=120)
+
+
+FLAGS = ["--run_dir=runs/s", "--data=my data.jsonl", "--client_lora_targets=it's $HOME"]
+
+
+def test_a_slice_runs_the_command_and_its_results_come_back(cloud, tmp_path):
+    """Created once; data and unfinished results go along; every worker gets the flags unbroken."""
+    repo = tmp_path / "repo"
+    (repo / "my data.jsonl").write_text("{}")
+    (repo / "runs" / "s").mkdir(parents=True)
+    (repo / "runs" / "s" / "results.jsonl").write_text("old\n")
+    done = tpu(cloud, "--accelerator-type=v4-16", "--version=v", "--spot", "--", *FLAGS)
+    assert done.returncode == 0, done.stderr
+    for worker in "01":
+        assert (repo / "runs/s" / f"said.{worker}").read_text().splitlines() == ["-m", "grab_jax.main", *FLAGS]
+        assert (tmp_path / worker / "grab_jax" / "my data.jsonl").is_file()
+        assert (tmp_path / worker / "grab_jax/runs/s/results.jsonl").read_text() == "old\n"
+        assert "uv pip install -q -e .[tpu]" in (tmp_path / worker / "uv.log").read_text()
+    assert (repo / "runs/s/said.here").read_text().split() == ["-m", "grab_jax.main", "--mode=report", FLAGS[0]]
+    assert tpu(cloud, "--accelerator-type=v4-16", "--version=v", "--", *FLAGS).returncode == 0
+    made = [line for line in (tmp_path / "commands").read_text().splitlines() if " create " in line]
+    assert made == ["compute tpus tpu-vm create tpu-1 --zone=us-central2-b --accelerator-type=v4-16 --version=v --spot"]
+
+
+def test_results_of_a_worker_are_newer_than_the_copy_here(cloud, tmp_path):
+    """A connection that broke leaves the workers ahead of this machine: what they have stays."""
+    repo, ahead = tmp_path / "repo", tmp_path / "1" / "grab_jax" / "runs" / "s"
+    for folder, text, age in ((repo / "runs" / "s", "old\n", 1000), (ahead, "old\nnew\n", 500)):
+        folder.mkdir(parents=True)
+        (folder / "results.jsonl").write_text(text)
+        os.utime(folder / "results.jsonl", (time.time() - age,) * 2)
+    done = tpu(cloud, *FLAGS[:1])
+    assert done.returncode == 0, done.stderr
+    assert (repo / "runs/s/results.jsonl").read_text() == (ahead / "results.jsonl").read_text() == "old\nnew\n"
+
+
+def test_results_are_gathered_from_a_run_that_failed(cloud, tmp_path):
+    python = tmp_path / "bin" / "python3"
+    python.write_text(PYTHON + '[ "${WORKER:-}" != 0 ] || exit 130\n')
+    assert tpu(cloud, *FLAGS[:1]).returncode == 130
+    assert (tmp_path / "repo/runs/s/said.0").is_file()
+    assert (tmp_path / "repo/runs/s/said.1").is_file()
+
+
+def test_a_dry_run_of_a_slice_is_what_bash_would_do(cloud, tmp_path):
+    shown = tpu(cloud, "--dry-run", "--queued", "--accelerator-type=v4-16", "--runtime-version=v", "--", *FLAGS)
+    assert not (tmp_path / "commands").exists()
+    ran = subprocess.run(["bash", "-euo", "pipefail", "-c", shown.stdout], capture_output=True, text=True, env=cloud)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "repo/runs/s/said.1").read_text().splitlines() == ["-m", "grab_jax.main", *FLAGS]
+    commands = (tmp_path / "commands").read_text()
+    assert "queued-resources create --node-id=tpu-1 tpu-1 --zone=us-central2-b --accelerator-type=v4-16" in commands
+
+
+def test_a_shared_folder_is_not_gathered(cloud, tmp_path):
+    flags = [f"--run_dir={tmp_path}/shared", "--sweep_seed=0,1"]
+    assert tpu(cloud, *flags).returncode == 0
+    assert {path.name for path in (tmp_path / "shared").iterdir()} == {"said.0", "said.1"}
+    assert "--recurse" not in (tmp_path / "commands").read_text()
+
+
+@pytest.mark.parametrize(
+    "args", [["--seed=1"], ["--run_dir=r", "--sweep_seed=0,1"], ["--run_dir=a b"], ["--dry-run"]], ids=" ".join
+)
+def test_a_slice_wants_a_name_a_zone_and_a_folder(cloud, args):
+    for env in (cloud, cloud | {"ZONE": ""}):
+        done = tpu(env, *args)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
+@pytest.mark.parametrize("queued", [[], ["--queued"]], ids=["", "queued"])
+def test_gcloud_knows_every_option(cloud, queued, tmp_path):
+    """gcloud's own static check of the commands; nothing is contacted."""
+    version = "--runtime-version=v" if queued else "--version=v"
+    assert tpu(cloud, *queued, "--accelerator-type=v4-16", version, "--spot", "--", *FLAGS).returncode == 0
+    commands = [f"gcloud {line}" for line in (tmp_path / "commands").read_text().splitlines()]
+    assert {line.split()[4] for line in commands} == {"describe", "create", "scp", "ssh"}
+    for command in commands:
+        words = command.split(" --command=")  # one word, whatever is in it
+        text = shlex.join([*words[0].split(), *(f"--command={word}" for word in words[1:])])
+        env = os.environ | {"CLOUDSDK_CONFIG": str(tmp_path), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
+        lint = ["gcloud", "meta", "lint-gcloud-commands", f"--command-string={text}"]
+        (found,) = json.loads(subprocess.run(lint, capture_output=True, text=True, env=env, timeout=300).stdout)
+        assert found["success"], f"{command}: {found['error_message']}"
+
+
+GKE = {"CLUSTER": "c", "WORKLOAD": "w"}
+
+
+def test_a_workload_runs_the_program_with_its_flags(teller, tmp_path):
+    """The pod's shell gets back every flag unbroken; options of xpk come before the command."""
+    teller("xpk")
+    flags = ["--run_dir=/data/a b", '--data=it\'s "$HOME" ä.jsonl']
+    done = sh("xpk.sh", "--tpu-type=v4-16", "--", *flags, PATH=f"{tmp_path}:{os.environ['PATH']}", **GKE)
+    *options, command = done.stdout.splitlines()
+    assert {"workload", "create", "--cluster=c", "--workload=w", "--tpu-type=v4-16"} <= set(options)
+    teller("python")
+    pod = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ran = subprocess.run(["bash", "-c", command.removeprefix("--command=")], capture_output=True, text=True, env=pod)
+    assert ran.stdout.splitlines() == ["-m", "grab_jax.main", *flags]
+    shown = sh("xpk.sh", "--dry-run", "--tpu-type=v4-16", "--", *flags, **GKE)
+    assert shlex.split(shown.stdout) == ["xpk", *done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("args", [["--seed=1"], ["--", "--run_dir=relative"], ["--", "--run_dir=/a\nb"]])
+def test_a_workload_wants_a_cluster_a_name_and_a_folder(args):
+    for env in (GKE, {"CLUSTER": "", "WORKLOAD": ""}):
+        done = sh("xpk.sh", *args, **env)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("launch/xpk.sh: set CLUSTER")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("xpk") is None, reason="xpk is not installed")
+def test_xpk_makes_a_manifest_of_it(tmp_path):
+    """xpk's own dry run: the manifest that GKE would get runs the program."""
+    manifest = tmp_path / "m.yaml"
+    options = ["--tpu-type=v5litepod-16", "--docker-image=i:1", "--project=p", "--zone=us-west4-a", "--dry-run"]
+    options += ["--skip-validation", f"--output-manifest-file={manifest}"]
+    done = sh("xpk.sh", *options, "--", "--run_dir=/data/a b", HOME=str(tmp_path), CLOUDSDK_CONFIG=str(tmp_path), **GKE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert r"(exec python -m grab_jax.main --run_dir=/data/a\ b) & PID=$!" in manifest.read_text()
+    assert "maxRestarts: 10" in manifest.read_text()

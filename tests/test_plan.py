@@ -142,4 +142,4 @@ def test_seconds(monkeypatch):
 
     monkeypatch.setattr(plan.time, "perf_counter", lambda: clock[0])
     work = make(config(), [8])._replace(scores=10, steps=100)
-    assert plan.seconds(work, score) == pytest.approx(2 * (10 + 2.1 * 100))
+    assert plan.seconds(work, plan.once(score)) == pytest.approx(2 * (10 + 2.1 * 100))

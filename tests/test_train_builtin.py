@@ -11,13 +11,15 @@ import time
 from importlib import resources
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from grab_jax import models
+from grab_jax import data, models
+from grab_jax.attacks import prior
 
 ROOT = Path(__file__).parents[1]
 BUILTIN = Path(str(resources.files("grab_jax") / "builtin"))
@@ -78,6 +80,7 @@ def check_folder(folder: Path, kind: str) -> None:
     assert loaded.model.config.pad_token_id == tokenizer.pad_token_id
 
 
+@pytest.mark.long
 def test_trains_from_text_to_a_loadable_folder(text, tmp_path):
     out = tmp_path / "model"
     output = finish(start("bert", text, out, "--steps=60", "--learning_rate=0.01"))
@@ -163,3 +166,35 @@ class TestShipped:
         rows = re.findall(r"^\| [\w-]+ \| \d+ \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \|$", card, re.MULTILINE)
         assert rows
         assert all(float(loss) < float(baseline) for loss, baseline in rows)
+
+
+class TestShippedPrior:
+    """The language model that judges LAMP's moves on builtin:bert-mini."""
+
+    folder = BUILTIN / "bert-mini-prior"
+
+    def test_folder_is_small_and_impersonal(self):
+        files = list(self.folder.iterdir())
+        assert sum(p.stat().st_size for p in files) <= 8_000_000
+        for file in files:
+            assert file.suffix == ".safetensors" or not re.search(
+                r"/(work|home|root|tmp|Users)/|name_or_path", file.read_text("utf-8")
+            ), file.name
+
+    def test_it_has_the_models_tokenizer(self):
+        theirs, ours = (AutoTokenizer.from_pretrained(p).get_vocab() for p in (self.folder, BUILTIN / "bert-mini"))
+        assert theirs == ours
+
+    def test_it_prefers_the_bundled_sentences_to_their_words_shuffled(self):
+        """It saw none of them; a judge of word order must tell most of them from a shuffled copy."""
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        judge = prior.load("builtin:bert-mini-prior", tokenizer.vocab_size, 60)
+        texts = [json.loads(row)["text"] for row in (BUILTIN / "sentences.jsonl").read_text("utf-8").splitlines()[:60]]
+        rows = np.array(tokenizer(texts, padding=True)["input_ids"])
+        rng, shuffled = np.random.default_rng(0), rows.copy()
+        for row in shuffled:
+            words = slice(1, int((row != tokenizer.pad_token_id).sum()) - 1)
+            row[words] = rng.permutation(row[words])
+        words = data.vocabulary(tokenizer)
+        loss = jax.jit(jax.vmap(lambda row: prior.loss(judge.model, judge.params, row[None], words)))
+        assert (loss(jnp.asarray(rows)) < loss(jnp.asarray(shuffled))).mean() > 0.8

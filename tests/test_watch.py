@@ -24,6 +24,15 @@ def test_rows_and_rounds_share_a_bar(tmp_path):
     display.close()
 
 
+def test_lines_say_what_is_new(tmp_path):
+    display = Display("lines", tmp_path / "log.txt")
+    for found in (8, 9, 9, 9):
+        display.show(Progress(0, "rows", found, 9, np.full(1, np.nan), None), 1, str)
+    display.close()
+    said = (tmp_path / "log.txt").read_text().splitlines()
+    assert said == ["  8 of 9 input rows found", "  9 of 9 input rows found"]
+
+
 def test_the_state_that_comes_with_the_progress_is_kept(tmp_path, monkeypatch):
     watched = watch.Watch(Config(), tmp_path / "ckpt", Display("off", None), str)
     watched(None, PROGRESS)

@@ -83,6 +83,8 @@ def hopeless(config: Config) -> str | None:
 
 def recover(problem: Problem, config: AttackConfig, notify: span.Notify = lambda *_: None) -> Result:
     """One client batch."""
+    if reason := span.absent(problem, "DAGER", config.dager_kernels):
+        return span.result(problem, subspace.spectrum([np.zeros((problem.model.width, 1))]), Found([], []), reason)
     spans = measure(problem, config)
     if reason := not_testable(problem, spans):
         return span.result(problem, spans.first, Found([], []), reason)
@@ -103,15 +105,14 @@ def measure(problem: Problem, config: AttackConfig) -> Spans:
     for layer in range(min(BLOCKS, model.config.num_hidden_layers)):
         if not set(first_attention.paths(model, layer, config.dager_kernels)) <= problem.observed.keys():
             break
-        gradients = first_attention.gradients(model, problem.observed, layer, config.dager_kernels)
-        found.append(subspace.spectrum(gradients, vectors=layer < 2))
+        found.append(span_evaluation.spectrum(problem, layer, config.dager_kernels, vectors=layer < 2))
     return Spans(found[0], found[1] if len(found) > 1 else None, max(one.rank for one in found))
 
 
 def not_testable(problem: Problem, spans: Spans) -> str | None:
     """Why this update tells nothing here, or None."""
     model, rank = problem.model, spans.rank if spans.first.rank else 0
-    if reason := span.not_testable(spans.first._replace(rank=rank), model.width, "DAGER"):
+    if reason := span.not_testable(spans.first._replace(rank=rank), model.width, "DAGER", problem.local):
         return reason
     # A classifier's last layer has a gradient of the one token's query that it reads.
     if spans.second is None or model.config.num_hidden_layers < 2 + (model.task == "classification"):
@@ -191,7 +192,7 @@ def _row(member: Member, sure: bool) -> Row:
 
 def _notes(problem: Problem, config: AttackConfig, spans: Spans, near, found: enumeration.Enumerated, others: int):
     """What a person should know."""
-    yield from span.precision(spans.first)
+    yield from span.precision(spans.first, problem)
     most = problem.model.width - config.dager_spare
     if spans.rank > most:
         cut = f"of {spans.rank} dimensions the spans keep {most}"

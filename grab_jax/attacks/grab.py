@@ -13,6 +13,7 @@ token-type gradient is matched in both phases; pinned positions hold their token
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -20,13 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from grab_jax import masks
+from grab_jax import local_training, masks, views
 from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import discrete, handover, lamp, prior, programs
 from grab_jax.attacks.state import CONTINUOUS, DISCRETE, SELECT, Job, OnSegment, State, progress, round_keys, tokens_of
 from grab_jax.search import descent
-from grab_jax.types import Candidate, Problem, Result
+from grab_jax.types import Candidate, Masks, Problem, Result
 
+OWN_MASKS = 2**32 - 1
+"""Folded into a batch's key for the masks of an attacker in training mode; rounds count from 0."""
 SEGMENT = 50
 """Continuous steps between two visits of the host (progress, checkpoint)."""
 
@@ -75,16 +78,45 @@ def start(keys: Key[Array, " k"], problems: Sequence[Problem], config: AttackCon
 
 def _job(keys, problems: Sequence[Problem], config: AttackConfig, on_segment: OnSegment | None) -> Job:
     mesh, model = programs.mesh_for(len(problems), config.restarts), problems[0].model
+    if config.masks == "random":
+        problems = [
+            _with_own_masks(key, problem) for key, problem in zip(jax.random.clone(keys), problems, strict=True)
+        ]
     judge = prior.load(config.prior, model.config.vocab_size, problems[0].known.ids.shape[1])
-    compiled = programs.compiled(model, config, problems[0].vocabulary, mesh, judge and judge.model)
+    local, clip = local_training.repeated(problems[0]), views.through(config.view, problems[0].defended).clip
+    compiled = programs.compiled(model, config, problems[0].vocabulary, mesh, judge and judge.model, local, clip)
     notify = on_segment or (lambda _state, _progress: None)
     return Job(keys, problems, config, programs.stack(problems, config, mesh, judge), compiled, notify)
+
+
+def _with_own_masks(key: Key[Array, ""], problem: Problem) -> Problem:
+    """The attacker's model in training mode: masks of its own, the same throughout; what is told of masks stays."""
+    if not problem.dropout:
+        return problem
+    drawn = _drawn(jax.random.fold_in(key, OWN_MASKS), problem.model, problem.known.ids.shape, _epochs(problem))
+    own = masks.hold(drawn, problem.known.masks)
+    return problem._replace(known=problem.known._replace(masks=own))
+
+
+def _epochs(problem: Problem) -> int | None:
+    """Epochs of the local training that is repeated; None where none is."""
+    local = local_training.repeated(problem)
+    return local and local.epochs
+
+
+def _drawn(key: Key[Array, ""], model: Any, shape: tuple[int, int], epochs: int | None) -> Masks:
+    """Masks `[b ...]` of every site for a batch `[b t]`, or `[b e ...]` where several epochs are repeated."""
+    batch, length = shape
+    if epochs is None:
+        return masks.sample(jax.random.split(key, batch), model.sites, length)
+    return local_training.draw(list(jax.random.split(key, (epochs, batch))), model.sites, length)
 
 
 def _blank(job: Job) -> State:
     k, (b, t) = len(job.problems), job.problems[0].known.ids.shape
     table = programs.word_table(job.problems[0].model, job.shared.trainable, job.shared.frozen)
-    unknowns = jax.eval_shape(lambda: _unknowns(jax.random.key(0), job))  # shapes only
+    one = lambda: jax.tree.map(lambda leaf: leaf[0, 0], _unknowns(jax.random.key(0)[None, None], job))  # noqa: E731
+    unknowns = jax.eval_shape(one)  # shapes only
     zero = Candidate(jnp.zeros((b, t, table.shape[1]), table.dtype), *unknowns)
     repeated = lambda *axes: jax.tree.map(lambda leaf: jnp.zeros((*axes, *leaf.shape), leaf.dtype), zero)  # noqa: E731
     return State(
@@ -101,18 +133,26 @@ def _blank(job: Job) -> State:
     )
 
 
-def _unknowns(key: Key[Array, ""], job: Job):
-    """First draws of masks and soft labels; None where they are not searched."""
+def _unknowns(keys: Key[Array, "k n"], job: Job):
+    """First draws of masks and soft labels `[k n ...]`; None where they are not searched."""
     problem, config = job.problems[0], job.config
-    batch, length = problem.known.ids.shape
-    mask_key, label_key = jax.random.split(key)
-    drawn = labels = None
-    if config.masks == "learn" and problem.dropout:
-        drawn = masks.sample(jax.random.split(mask_key, batch), problem.model.sites, length)
-        drawn = masks.relax(drawn, problem.model.sites, config.mask_start)
-    if problem.known.labels is None:
-        labels = jax.random.normal(label_key, (batch, problem.model.num_labels))
-    return drawn, labels
+    start = config.mask_start if config.masks == "learn" and problem.dropout else None
+    soft = problem.known.labels is None
+    return _draw(problem.model, problem.known.ids.shape, _epochs(problem), start, soft)(keys)
+
+
+@lru_cache(maxsize=64)
+def _draw(model: Any, shape: tuple[int, int], epochs: int | None, mask_start: float | None, labels: bool):
+    """The jitted draws for keys `[k n]`: masks of a batch `[b t]` (None without a start), and labels."""
+
+    def draw(key):
+        mask_key, label_key = jax.random.split(key)
+        drawn = None
+        if mask_start is not None:
+            drawn = masks.relax(_drawn(mask_key, model, shape, epochs), model.sites, mask_start)
+        return drawn, jax.random.normal(label_key, (shape[0], model.num_labels)) if labels else None
+
+    return jax.jit(jax.vmap(jax.vmap(draw)))
 
 
 def _select(job: Job, state: State) -> State:
@@ -144,8 +184,7 @@ def _before_start(job: Job, state: State, keys: Key[Array, "k n"]) -> Candidate:
     repeated = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[:, None], n, axis=1), state.solution)
     if state.round:
         return repeated
-    draw = jax.jit(jax.vmap(jax.vmap(lambda key: _unknowns(key, job))))
-    masks_drawn, labels = draw(keys)
+    masks_drawn, labels = _unknowns(keys, job)
     told = jax.tree.map(lambda *leaves: jnp.stack(leaves)[:, None], *[p.known.masks for p in job.problems])
     return Candidate(repeated.embeds, masks.hold(masks_drawn, told), labels)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from grab_jax import distances, masks, matching
+from grab_jax import distances, local_training, masks, matching, views
 from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import span
 from grab_jax.attacks.seating import Seats, seat
@@ -101,19 +101,24 @@ def _seats(problem: Problem, found: Found, sure: Sequence[bool], config: AttackC
 
 def _explains(problem: Problem, found: Found, sure: Sequence[bool], config: AttackConfig) -> Callable[[Seats], float]:
     """The distance of the update that the sentences have in some order, open positions empty."""
-    objective = _objective(problem.model, config.distance, config.l1, problem.vocabulary.pad)
+    clip = views.through(config.view, problem.defended).clip
+    objective = _objective(problem.model, config.distance, config.l1, problem.vocabulary.pad, clip)
+    rows, observed = problem.known.ids.size, local_training.matched(problem)
+    (seen,) = views.seen([observed], rows, config.view, config.layers, problem.defended)
 
     def score(seats: Seats) -> float:
         known = held(problem, found, sure, seats)
         ids = np.where(known.ids < 0, problem.vocabulary.pad, known.ids)
-        return float(objective(ids, None, None, problem.trainable, problem.frozen, problem.observed, known))
+        return float(objective(ids, None, None, problem.trainable, problem.frozen, seen, known))
 
     return score
 
 
 @lru_cache(maxsize=8)
-def _objective(model: Any, distance: distances.Name, l1: float, pad: int) -> matching.Objective:
-    return jax.jit(matching.token_objective(model, distances.by_name(distance, l1), pad))
+def _objective(
+    model: Any, distance: distances.Name, l1: float, pad: int, clip: float | None = None
+) -> matching.Objective:
+    return jax.jit(matching.token_objective(model, distances.by_name(distance, l1), pad, clip=clip))
 
 
 def held(problem: Problem, found: Found, sure: Sequence[bool], seats: Seats) -> Known:

@@ -28,7 +28,7 @@ def load(name: str, words: int, length: int) -> Prior | None:
     """The prior of `--attack_prior`; None for `none`.
 
     Args:
-      name: `none`, a folder, a hub id, or `builtin:gpt2-mini`.
+      name: `none`, a folder, a hub id, or `builtin:NAME`.
       words: rows of the target's word table.
       length: longest row of tokens that is judged.
 

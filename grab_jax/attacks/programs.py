@@ -8,6 +8,7 @@ of the restarts at the end of a run of steps, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,10 +18,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from grab_jax import distances, masks, matching, models, views
+from grab_jax import distances, local_training, masks, matching, models, views
 from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import lamp, prior
 from grab_jax.leaves import Seen
+from grab_jax.local_training import Local
 from grab_jax.search import descent, starts, vocabulary
 from grab_jax.types import Candidate, Known, Params, Problem, Vocabulary
 
@@ -82,8 +84,8 @@ def mesh_for(batches: int, restarts: int = 1) -> Mesh:
 
 def stack(problems: Sequence[Problem], config: AttackConfig, mesh: Mesh, judge: prior.Prior | None = None) -> Shared:
     """Put problems of one shape side by side on the mesh, the last one repeated to fill it; weights are replicated."""
-    rows = problems[0].known.ids.size
-    seen = views.seen([p.observed for p in problems], rows, config.view, config.layers)
+    observed = [local_training.matched(problem) for problem in problems]
+    seen = views.seen(observed, _rows(problems[0]), config.view, config.layers, problems[0].defended)
     missing = -len(problems) % mesh.shape["k"]
     together = lambda *leaves: jnp.stack([*leaves, *leaves[-1:] * missing])  # noqa: E731
     observed = jax.tree.map(together, *seen)
@@ -92,6 +94,12 @@ def stack(problems: Sequence[Problem], config: AttackConfig, mesh: Mesh, judge: 
     words = judge and judge.params, allowed(problems[0], config)
     weights, words = jax.device_put(((dict(problems[0].trainable), dict(problems[0].frozen)), words), whole)
     return Shared(*weights, *jax.device_put((observed, known), split), *words)
+
+
+def _rows(problem: Problem) -> int:
+    """Token rows behind an update: its rank at most."""
+    local, (sentences, _) = local_training.repeated(problem), problem.known.ids.shape
+    return problem.known.ids.size * (1 if local is None else local.steps(sentences))
 
 
 def allowed(problem: Problem, config: AttackConfig) -> Bool[np.ndarray, " v"]:
@@ -162,18 +170,50 @@ def word_table(model: Any, trainable: dict[str, Array], frozen: dict[str, Array]
     return {**frozen, **trainable}[model.word_table]
 
 
+_USED = (
+    "steps", "candidates", "permutations", "start_norm", "lr", "schedule", "decay", "decay_every", "weight_decay",
+    "clip", "distance", "l1", "norm_weight", "precision", "keep", "moves", "prior_weight", "chunk", "together",
+)  # fmt: skip
+"""The settings that are compiled into a program; whatever else differs, it is the same one."""
+
+
+def compiled(
+    model: Any,
+    config: AttackConfig,
+    words: Vocabulary,
+    mesh: Mesh,
+    judge: models.Model | None,
+    local: Local | None = None,
+    clip: float | None = None,
+) -> Programs:
+    """The programs of one model and setting; the same arguments give the same (already compiled) functions.
+
+    `local` is the client's training where several steps are to be repeated, `clip` the norm to which candidates'
+    examples are rescaled, as the client's were.
+    """
+    used = replace(AttackConfig(), **{name: getattr(config, name) for name in _USED})
+    return _compiled(model, used, words, mesh, judge, local, clip)
+
+
 @lru_cache(maxsize=8)
-def compiled(model: Any, config: AttackConfig, words: Vocabulary, mesh: Mesh, judge: models.Model | None) -> Programs:
-    """The programs of one model and setting; the same arguments give the same (already compiled) functions."""
+def _compiled(
+    model: Any,
+    config: AttackConfig,
+    words: Vocabulary,
+    mesh: Mesh,
+    judge: models.Model | None,
+    local: Local | None,
+    clip: float | None,
+) -> Programs:
     distance = distances.by_name(config.distance, config.l1)
-    objective = matching.embedding_objective(model, distance, config.precision)
+    objective = matching.embedding_objective(model, distance, config.precision, local, clip)
     objective = matching.with_norm_penalty(model, objective, config.norm_weight)
     optimizer = descent.adamw(
         config.steps, lr=config.lr, schedule=config.schedule, decay=config.decay,
         decay_every=config.decay_every, weight_decay=config.weight_decay, clip=config.clip,
     )  # fmt: skip
     search = descent.descent(objective, optimizer, lambda *args: project(model, *args), config.keep)
-    token_score = matching.token_objective(model, distance, words.pad, config.precision)
+    token_score = matching.token_objective(model, distance, words.pad, config.precision, local, clip)
 
     def score(ids, candidate, context):
         return jax.vmap(lambda one: token_score(one, candidate.masks, candidate.labels, *context))(ids)

@@ -18,14 +18,16 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from grab_jax.attack_config import AttackConfig
-from grab_jax.attacks import last_token, span_evaluation
+from grab_jax.attacks import last_token, span_evaluation, span_lora
 from grab_jax.attacks.span_evaluation import Found
 from grab_jax.attacks.state import OnSegment, Progress
+from grab_jax.local_training import Local
 from grab_jax.models import first_attention
 from grab_jax.span import assemble, completion, rate, subspace
 from grab_jax.span.assemble import WHOLE, Sentence
 from grab_jax.span.decode import ACCEPT, decode
 from grab_jax.span.inputs import FirstAttention, normalise
+from grab_jax.span.noise import spacing
 from grab_jax.span.rows import Row
 from grab_jax.types import Problem, Result
 
@@ -78,25 +80,37 @@ def decoded(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> tu
     first = first_attention.describe(model, {**problem.frozen, **problem.trainable})
     if not problem.dropout:
         first = first._replace(rate=0.0)
-    gradients, said = _completed(first_attention.gradients(model, problem.observed), notify)
-    found = subspace.spectrum(gradients)
-    said += precision(found)
-    if not_testable(found, model.width):
+    if adapters := span_lora.factors(problem):
+        solved = (
+            Found([], []) if span_lora.reason(problem, adapters) else span_lora.solve(problem, first, adapters, notify)
+        )
+        return max(adapters.spectra, key=lambda space: space.rank), solved
+    if absent(problem):
+        return subspace.spectrum([np.zeros((model.width, 1))]), Found([], [])
+    gradients, said = _completed(problem, first_attention.gradients(model, problem.observed), notify)
+    found = span_evaluation.spectrum(problem, gradients=gradients)
+    said += precision(found, problem)
+    if not_testable(found, model.width, local=problem.local):
         solved = Found([], [])
     elif problem.dropout:
         solved = _with_dropout(problem, first, gradients, found, seed, notify)
     else:
         solved = span_evaluation.solve(problem, first, found, gradients, whole=WHOLE, seed=seed, notify=notify)
-    if not said and last_token.shared(problem):
+    # Clipped examples weigh less in the head's gradient, by factors that are not known.
+    if not said and problem.defended.clip is None and last_token.shared(problem):
         sure = [certified(sentence, solved.rows, problem) for sentence in solved.sentences]
         ends = last_token.read(problem, found.rank, solved.rows, solved.sentences, sure)
         solved = solved._replace(ends=ends)
     return found, solved._replace(notes=(*said, *solved.notes))
 
 
-def _completed(gradients: list[np.ndarray], notify: Notify) -> tuple[list[np.ndarray], list[str]]:
+def _completed(problem: Problem, gradients: list[np.ndarray], notify: Notify) -> tuple[list[np.ndarray], list[str]]:
     """The gradients with what pruning left out, and what a person should know of it."""
     stacked = np.concatenate(gradients, axis=1)
+    blocks = span_evaluation.blocks_rounding(problem, first_attention.paths(problem.model))
+    vanish = blocks is not None or (problem.local is not None and not problem.defended.pruned)
+    if vanish or any(spacing(gradient) for gradient in gradients):
+        return gradients, []  # small entries, or changes below the weights' rounding, are zero
     there = completion.left_in(stacked) if np.isfinite(stacked).all() else None
     if there is None:
         return gradients, []
@@ -109,17 +123,41 @@ def _completed(gradients: list[np.ndarray], notify: Notify) -> tuple[list[np.nda
     ]
 
 
-def precision(found: subspace.Spectrum) -> list[str]:
-    """What was read off the update of its noise."""
+def absent(problem: Problem, method: str = "span decoding", kernels: first_attention.Kernels = "all") -> str | None:
+    """Why an update without the first attention layer's kernels tells nothing, or None."""
+    if set(first_attention.paths(problem.model, 0, kernels)) <= problem.observed.keys():
+        return None
+    why = "the update does not hold the first attention layer's kernels"
+    if any(path.endswith("/lora_b") for path in problem.observed):
+        why = "LoRA shares the gradients of low-rank factors, which hold projections of the layer's inputs only"
+    return f"not testable by {method}: {why}"
+
+
+def precision(found: subspace.Spectrum, problem: Problem) -> list[str]:
+    """What was read off the update of its noise, and what is known of it."""
     if found.sigma:
         return [
             f"the gradient carries noise; read off its singular values, its standard deviation is {found.sigma:.2g}"
         ]
-    return [] if found.wire == "float32" else [f"the gradient was rounded to {found.wire}"]
+    said = [] if found.wire == "float32" else [f"the gradient was rounded to {found.wire}"]
+    if span_evaluation.blocks_rounding(problem, first_attention.paths(problem.model)) is not None:
+        said.append("the gradient was rounded to int8")
+    if problem.local is not None:
+        said.append("the change of the weights carries their rounding, which counts as noise")
+    return said
 
 
-def not_testable(found: subspace.Spectrum, width: int, method: str = "span decoding") -> str | None:
+def not_testable(
+    found: subspace.Spectrum, width: int, method: str = "span decoding", local: Local | None = None
+) -> str | None:
     """Why this update tells nothing to a method that needs its row space, or None."""
+    if local is not None and local.optimizer == "adamw":
+        return f"not testable by {method}: AdamW rescales every entry of a step, so the change has no row space"
+    if found.wire == subspace.SIGNS:
+        return f"not testable by {method}: the gradient's entries are of one size, and signs alone have no low rank"
+    if found.rank >= width and found.missing > completion.PRUNED:
+        share = f"{100 * found.missing:.0f} % of its entries are missing or rounded to zero"
+        return f"not testable by {method}: the first attention layer's gradient has no low rank, as {share}"
     if found.rank >= width:
         return f"not testable by {method}: {found.rank} tokens or more >= width {width}"
     if found.rank == 0:
@@ -182,7 +220,7 @@ def certified(sentence: Sentence, rows: Sequence[Row], problem: Problem) -> bool
 
 def result(problem: Problem, spectrum: subspace.Spectrum, found: Found, reason: str | None = None) -> Result:
     """Sentences in the order found, with what proves them; a blank one where there is a reason for none."""
-    if reason := reason or not_testable(spectrum, problem.model.width):
+    if reason := reason or _untestable(problem, spectrum):
         return _nothing(problem, spectrum, reason, found.notes)
     rows, sentences = found.rows, found.sentences
     count = max(len(sentences), 1)
@@ -207,6 +245,14 @@ def result(problem: Problem, spectrum: subspace.Spectrum, found: Found, reason: 
         notes=_notes(problem, spectrum.rank, found),
         evidence=_evidence(spectrum, problem) | _proofs(problem, found),
     )
+
+
+def _untestable(problem: Problem, spectrum: subspace.Spectrum) -> str | None:
+    """Why the update tells nothing, or None."""
+    if adapters := span_lora.factors(problem):
+        why = span_lora.reason(problem, adapters)
+        return why and f"not testable by span decoding: {why}"
+    return absent(problem) or not_testable(spectrum, problem.model.width, local=problem.local)
 
 
 def _proofs(problem: Problem, found: Found) -> dict[str, Any]:

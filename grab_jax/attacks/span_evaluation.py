@@ -7,25 +7,28 @@ assembled by the first layer's equations; then, where the second layer's gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from grab_jax import tuning
+from grab_jax import defenses, local_training, tuning
 from grab_jax.attacks.last_token import Read
 from grab_jax.models import first_attention
-from grab_jax.span import assemble, context, members, subspace
+from grab_jax.span import assemble, context, members, noise, subspace
 from grab_jax.span.assemble import Sentence
 from grab_jax.span.inputs import FirstAttention
 from grab_jax.span.merged import assemble_merged
 from grab_jax.span.rows import Row
-from grab_jax.types import Problem
+from grab_jax.types import Problem, Vocabulary
 
 SPARE = 32
 """Dimensions that the second layer's gradient must leave free: then no wrong sentence lies in its span by chance."""
 BLURRED = 0.03
 """Noise of the second layer's span from which it judges no more: wrong sentences are away by 0.14 or more."""
+DRIFTS = ((1e-3, 5e-3), (1e-2, 5e-2), (5e-2, 0.2))
+"""Residuals of null vectors and of whole sentences, looser by turns, where queries and keys moved between steps."""
 UNSURE = 0.9
 """Certificates of rows that others could replace stay below this."""
 
@@ -46,6 +49,25 @@ class Found(NamedTuple):
     def used(self) -> set[int]:
         """Rows that belong to a sentence."""
         return {i for sentence in self.sentences for i in sentence.rows}
+
+
+def spectrum(
+    problem: Problem, layer: int = 0, kernels: first_attention.Kernels = "all", *, vectors: bool = True, gradients=None
+) -> subspace.Spectrum:
+    """Span of an attention layer's gradients, by default as observed, above the rounding of weights and of int8."""
+    if gradients is None:
+        gradients = first_attention.gradients(problem.model, problem.observed, layer, kernels)
+    paths = first_attention.paths(problem.model, layer, kernels)
+    causes = [local_training.weight_rounding(problem, paths), blocks_rounding(problem, paths)]
+    rounded = reduce(np.hypot, [cause for cause in causes if cause is not None] or [None])
+    drifting = not problem.dropout and local_training.several(problem)
+    return subspace.spectrum(gradients, vectors=vectors, rounded=rounded, drifting=drifting)
+
+
+def blocks_rounding(problem: Problem, paths: Sequence[str]) -> Float[np.ndarray, "d m"] | None:
+    """Standard deviations of the rounding of tensors sent in int8, side by side; None if they were not."""
+    steps = [noise.block_steps(np.asarray(problem.observed[path], np.float64), defenses.BLOCK) for path in paths]
+    return None if any(step is None for step in steps) else np.concatenate(steps, axis=1) / np.sqrt(12)
 
 
 def solve(
@@ -71,6 +93,8 @@ def solve(
     second = judge(problem, len(likely))
     # The search that follows does better than a patient assembly.
     found = _assembled(problem, first, gradients, likely, patience=4 if second is None else 0)
+    if local_training.several(problem):
+        found = _drifted(problem, first, gradients, likely, found)
     complete, notes = False, ()
     if second is not None:
         whole = max(whole, 1.2 * second.noise)
@@ -97,7 +121,9 @@ def judge(problem: Problem, rows: int) -> context.Second | None:
         return None
     if not set(first_attention.paths(model, 1)) <= problem.observed.keys():
         return None
-    found = subspace.spectrum(first_attention.gradients(model, problem.observed, 1))
+    if local_training.several(problem):  # which move the first layer, and with it the second's inputs
+        return None
+    found = spectrum(problem, 1)
     if not rows <= found.rank <= model.width - SPARE or found.noise > BLURRED:
         return None
     return second_layer(problem)._replace(basis=found.basis, noise=found.noise)
@@ -111,17 +137,37 @@ def second_layer(problem: Problem) -> context.Second:
 
 
 def _assembled(
-    problem: Problem, first: FirstAttention, gradients, likely: Sequence[members.Member], patience: int
+    problem: Problem, first: FirstAttention, gradients, likely: Sequence[members.Member], **limits
 ) -> dict[tuple[int, ...], float]:
-    """Sentences whose equations hold, with their residuals."""
+    """Sentences whose equations hold within the limits of `assemble_merged`, with their residuals."""
     inputs = np.stack([member.values for member in likely])
     heads = problem.model.config.num_attention_heads
     equations = assemble.projections(inputs, gradients, first.query, first.key, heads)
     positions = np.array([member.position for member in likely])
     tokens = np.array([member.token for member in likely])
     ends = {"cls": problem.vocabulary.cls, "sep": problem.vocabulary.sep}
-    sentences = assemble_merged(equations, positions, tokens, patience=patience, **ends)
+    sentences = assemble_merged(equations, positions, tokens, **limits, **ends)
     return {tuple(likely[i].token for i in sentence.rows): sentence.residual for sentence in sentences}
+
+
+def _drifted(
+    problem: Problem, first: FirstAttention, gradients, likely: Sequence[members.Member], found: dict
+) -> dict[tuple[int, ...], float]:
+    """Sentences whose equations hold but for what moved between steps, until all rows belong to one."""
+    pairs = {member[:2] for member in likely}
+    for null, largest in DRIFTS:
+        if {pair for ids in found for pair in enumerate(ids)} >= pairs:
+            return found
+        found = _assembled(problem, first, gradients, likely, patience=4, null=null, whole=largest) or found
+    return found or dict.fromkeys(only_sentence(pairs, problem.vocabulary), 1.0)
+
+
+def only_sentence(pairs: set[tuple[int, int]], vocabulary: Vocabulary) -> list[tuple[int, ...]]:
+    """The sentence that rows `(position, token)` are if every position has one token, whatever equations say."""
+    ids = tuple(token for _, token in sorted(pairs))
+    ends = (vocabulary.cls, ids[0]), (vocabulary.sep, ids[-1])
+    whole = sorted(position for position, _ in pairs) == list(range(len(pairs)))
+    return [ids] if whole and all(end in (None, token) for end, token in ends) else []
 
 
 def _search(search: context.Search, near: Sequence[members.Member], likely: Sequence[members.Member]) -> None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from grab_jax.models import bert, gpt2, taps
-from grab_jax.models.layers import Site, Sites
+from grab_jax.models.layers import Site, Sites, adapter_masks
 from grab_jax.types import InputError, Masks, Params
 
 __all__ = ["ARCHITECTURES", "Model", "Site", "Task", "build", "load", "save"]
@@ -47,7 +48,7 @@ _TABLES = {
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A model as functions of its parameters.
+    """A model as functions of its parameters; compiled programs belong to one such object (see `load`).
 
     `config` is the Hugging Face config; `sites` the dropout sites in call order; `word_table` and `position_table`
     the `"/"`-joined paths of the embedding tables.
@@ -97,7 +98,8 @@ class Model:
 
         `inputs` are token ids or word embeddings; `masks=None` is evaluation mode.
         """
-        return self.module.apply({"params": params}, inputs, attention, masks)
+        variables = {"params": params, "adapters": adapter_masks(masks, self.sites)}
+        return self.module.apply(variables, inputs, attention, masks)
 
     def apply_tapped(
         self,
@@ -108,7 +110,7 @@ class Model:
         masks: Masks | None = None,
     ) -> tuple[Float[Array, ...], Params]:
         """Logits and every layer's tapped input; the gradient with respect to `perturbations` is its cotangent."""
-        variables = {"params": params, "perturbations": perturbations}
+        variables = {"params": params, "perturbations": perturbations, "adapters": adapter_masks(masks, self.sites)}
         logits, state = self.module.apply(variables, inputs, attention, masks, mutable=["taps"])
         return logits, state["taps"]
 
@@ -162,6 +164,16 @@ def build(config: Any, task: Task = "classification", *, dropout: float | None =
     return Model(config, task, module(config, sites), sites, *_TABLES[config.model_type])
 
 
+_LOADED: weakref.WeakValueDictionary[tuple, Model] = weakref.WeakValueDictionary()
+
+
+def _shared(config: Any, task: Task, dropout: float | None) -> Model:
+    """The model of a config; equal ones are one object while it lives, so that what was compiled for it is found."""
+    key = (type(config), config.to_json_string(use_diff=False), task, dropout)
+    model = _LOADED.get(key) or build(config, task, dropout=dropout)
+    return _LOADED.setdefault(key, model)
+
+
 def _check_variant(config: Any, task: Task) -> None:
     """Refuse what the ports would compute wrongly."""
     from grab_jax.models.layers import ACTIVATIONS
@@ -194,6 +206,8 @@ def load(
 ) -> Loaded:
     """Load a model from `builtin:NAME`, a Hugging Face folder, or a hub id.
 
+    Loaded again with the same settings it is the same `Model`, so that nothing is compiled twice.
+
     Args:
       name: `builtin:bert-mini`, `builtin:gpt2-mini`, a folder with `config.json` and weights, or a hub id (cache and
         `HF_HUB_OFFLINE` are respected).
@@ -212,7 +226,7 @@ def load(
     config = convert.read_config(folder)
     if num_labels is not None:
         config.num_labels = num_labels
-    model = build(config, task, dropout=dropout)
+    model = _shared(config, task, dropout)
     params, notes = convert.read_params(folder, model, jax.random.key(0) if key is None else key)
     return Loaded(model, params, str(folder), tuple(notes))
 

@@ -6,7 +6,8 @@ import copy
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from safetensors.numpy import save_file
 
 from grab_jax.types import InputError, Params
 
-BUILTIN = ("bert-mini", "gpt2-mini")
+BUILTIN = ("bert-mini", "gpt2-mini", "bert-mini-prior")
 _BASES = {"bert": "bert", "roberta": "roberta", "gpt2": "transformer"}
 _CLASSES = {
     ("bert", "classification"): "BertForSequenceClassification",
@@ -133,13 +134,19 @@ def read_params(folder: Path, model: Any, key: Key[Array, ""]) -> tuple[Params, 
     heads = sorted(name for name in raw if _HEADS.search(name) or _TIED.search(name))
     unused = sorted(name for name in raw if name not in heads and not _BUFFERS.search(name))
     missing = sorted(names[path] for path in absent if path not in new)
-    _refuse(folder, missing=missing, unused=unused, misshapen=misshapen)
-    initial = jax.jit(lambda key: _chosen(model.init(key), new))(key)  # compiled: what is not asked for is not drawn
+    refuse(folder, missing=missing, unused=unused, misshapen=misshapen)
+    initial = _initial(model, tuple(new))(key)
     params = {path: jnp.asarray(found[path] if path in found else initial[path], jnp.float32) for path in names}
     return unflatten_dict({tuple(p.split("/")): v for p, v in params.items()}), _notes(names, new, heads)
 
 
-def _chosen(params: Params, paths: list[str]) -> dict[str, jax.Array]:
+@lru_cache(maxsize=8)
+def _initial(model: Any, paths: tuple[str, ...]):
+    """The draw of some parameters, compiled: what is not asked for is not drawn."""
+    return jax.jit(lambda key: _chosen(model.init(key), paths))
+
+
+def _chosen(params: Params, paths: Sequence[str]) -> dict[str, jax.Array]:
     flat = {"/".join(path): value for path, value in flatten_dict(params).items()}
     return {path: flat[path] for path in paths}
 
@@ -158,7 +165,8 @@ def _canonical(name: str, base: str) -> str:
     return f"{base}.{name}" if bare else name
 
 
-def _refuse(folder: Path, **problems: list[str]) -> None:
+def refuse(folder: Path, **problems: list[str]) -> None:
+    """One error that lists all problems, by kind; nothing where there are none."""
     said = [f"{kind}: {_listing(names)}" for kind, names in problems.items() if names]
     if said:
         raise InputError(f"the weights in {folder} do not fit its config.json; " + "; ".join(said))
@@ -173,7 +181,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """All tensors of a folder, as float32: one safetensors file, shards, or `.bin` where torch is installed."""
     files = _files(folder, "model.safetensors")
     if files:
-        return {name: value for file in files for name, value in _read_safetensors(file).items()}
+        return {name: value for file in files for name, value in read_safetensors(file).items()}
     files = _files(folder, "pytorch_model.bin")
     if files:
         return {name: value for file in files for name, value in _read_torch(file).items()}
@@ -194,7 +202,8 @@ def _files(folder: Path, name: str) -> list[Path]:
     return [folder / name] if (folder / name).is_file() else []
 
 
-def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
+def read_safetensors(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file, as float32."""
     try:
         with safe_open(file, framework="flax") as tensors:
             return {name: np.asarray(tensors.get_tensor(name), np.float32) for name in tensors.keys()}  # noqa: SIM118

@@ -40,12 +40,32 @@ def drop(x: Float[Array, ...], masks: Masks | None, site: str, sites: Sites) -> 
     return x * masks[site] / (1 - sites[site].rate)
 
 
+ADAPTER = "lora_dropout"
+"""Last part of a dropout site at an adapter's input; before it stands the layer's path."""
+
+
+def adapter_masks(masks: Masks | None, sites: Sites) -> dict[str, dict]:
+    """The masks of adapters' inputs as a Flax collection, nested like the layers, divided by the keep rate."""
+    tree: dict[str, dict] = {}
+    for site, mask in (masks or {}).items():
+        *layer, last = site.split("/")
+        if last == ADAPTER:
+            node = tree
+            for part in layer:
+                node = node.setdefault(part, {})
+            node["mask"] = mask / (1 - sites[site].rate)
+    return tree
+
+
 def _along_last(vector: Float[Array, " d"], like: Float[Array, "... d"]) -> Float[Array, "... d"]:
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
 class Dense(nn.Module):
-    """`y = x @ kernel + bias`, tapped; kernel `[in, out]`."""
+    """`y = x @ kernel + bias`, tapped; kernel `[in, out]`.
+
+    Where the parameters hold a LoRA adapter (`lora.py`), plus `lora_scale * (x * mask) @ lora_a @ lora_b`.
+    """
 
     features: int
     bias: bool = True
@@ -59,7 +79,16 @@ class Dense(nn.Module):
         y = x @ kernel
         if self.bias:
             y = y + _along_last(self.param("bias", nn.initializers.zeros, (self.features,)), y)
+        if self.has_variable("params", "lora_a"):
+            y = y + self._adapted(x)
         return self.perturb("dy", y)
+
+    def _adapted(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        if self.has_variable("adapters", "mask"):
+            x = x * self.get_variable("adapters", "mask")
+        _sow(self, "lora_x", x)
+        a, b, scale = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
+        return x @ a @ b * scale
 
 
 class LayerNorm(nn.Module):

@@ -33,21 +33,30 @@ def factored_gradient(
         return loss(logits), taps
 
     cotangents, taps = jax.grad(tapped, has_aux=True)(zeros)
-    return {path: _leaf(path, wanted[path], taps, cotangents) for path in wanted}
+    return {path: _leaf(path, wanted[path], params, taps, cotangents) for path in wanted}
 
 
-def _leaf(path: str, param: Array, taps: Params, cotangents: Params) -> Leaf:
+def _leaf(path: str, param: Array, params: Params, taps: Params, cotangents: Params) -> Leaf:
     *parents, leaf = path.split("/")
-    tap = reduce(lambda node, name: node[name], parents, taps)
-    cotangent = reduce(lambda node, name: node[name], parents, cotangents)
+    tap, cotangent = (reduce(lambda node, name: node[name], parents, tree) for tree in (taps, cotangents))
     rows = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
     if leaf == "kernel":
         return Outer(rows(tap["x"]), rows(cotangent["dy"]))
+    if leaf in ("lora_a", "lora_b"):
+        layer = reduce(lambda node, name: node[name], parents, params)
+        return _adapter(leaf, layer, rows(tap["lora_x"]), rows(cotangent["dy"]))
     if leaf == "scale":
         return (rows(tap["xhat"]) * rows(cotangent["dy"])).sum(0)
     if leaf == "embedding":
         return _table(param, tap, cotangent)
     return rows(cotangent["dy"]).sum(0)
+
+
+def _adapter(leaf: str, layer: Params, x: Float[Array, "n i"], dy: Float[Array, "n o"]) -> Outer:
+    """Gradient of one factor of `scale * x @ a @ b`."""
+    if leaf == "lora_a":
+        return Outer(x * layer["lora_scale"], dy @ layer["lora_b"].T)
+    return Outer(x @ layer["lora_a"] * layer["lora_scale"], dy)
 
 
 def _table(param: Array, tap: Params, cotangent: Params) -> Leaf:

@@ -20,6 +20,8 @@ SLOW = 0.97
 """A round that leaves more than this of the residual: the rank is too low."""
 UNDERFLOW = 2.0**-24
 """The smallest number that float16 holds."""
+PRUNED = 0.001
+"""Share of zeros from which on entries count as pruned."""
 MOST = 0.5
 """Degrees of freedom tried, over the entries left in: beyond it a completion is slow, then not unique."""
 EXACT = 1e-6
@@ -42,7 +44,7 @@ def left_in(gradient: Float[np.ndarray, "d m"]) -> Bool[np.ndarray, "d m"] | Non
     alive = (gradient != 0).any(0, keepdims=True)
     there = (gradient != 0) | ~alive
     smallest = np.abs(gradient[gradient != 0]).min(initial=np.inf)
-    return there if (~there).sum() > 0.001 * alive.sum() * len(gradient) and smallest != UNDERFLOW else None
+    return there if (~there).sum() > PRUNED * alive.sum() * len(gradient) and smallest != UNDERFLOW else None
 
 
 def complete(

@@ -1,7 +1,8 @@
 """How far an update's entries are from the client's own gradient, read off the update itself.
 
-Rounding shows in which precision holds every entry exactly. Added noise shows in the singular values: those of a random
-matrix fill the interval `s (sqrt(m) +- sqrt(d))` (Marchenko & Pastur 1967), those of a gradient do not.
+Rounding shows in which precision holds every entry exactly, or in evenly spaced levels that all entries lie on. Added
+noise shows in the singular values: those of a random matrix fill the interval `s (sqrt(m) +- sqrt(d))` (Marchenko &
+Pastur 1967), those of a gradient do not.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ WIRES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
 """Precisions coarser than float32 that an update may come in."""
 ACCUMULATED = 6.0
 """Rounding of a float32 gradient over 2^-24 of its columns' sizes: matrix products add up rounded terms."""
+LEVELS = 2**15
+"""Levels of one sign that are told from float32."""
+ON_LEVEL = 0.02
+"""Share of their distance by which float32 moves entries from levels, generously."""
 MARGIN = 1.05
 """The largest singular value of noise fluctuates by less than this."""
 
@@ -37,6 +42,35 @@ def rounding(gradient: Float[np.ndarray, "d m"], wire: str) -> Float[np.ndarray,
     # Entries that are not zero are at least one spacing; those rounded to zero were within half of the smallest.
     step = np.maximum(np.abs(np.spacing(gradient.astype(kind)).astype(np.float64)), smallest)
     return step / np.sqrt(12)
+
+
+def block_steps(tensor: Float[np.ndarray, "i o"], block: int) -> Float[np.ndarray, "i o"] | None:
+    """Spacing of each entry of a tensor sent in int8, where consecutive entries share a scale; None if it was not.
+
+    The largest entry of a block is 127 steps, and all entries are whole numbers of steps. Where all are 0 or 127, these
+    are signs (`spacing`).
+    """
+    blocks = np.pad(tensor.ravel(), (0, -tensor.size % block)).reshape(-1, block)
+    steps = np.abs(blocks).max(1, keepdims=True) / 127
+    counts = blocks / np.where(steps > 0, steps, 1)
+    sizes = np.abs(np.round(counts))
+    if np.abs(np.abs(counts) - sizes).max() > 1e-3 or not ((sizes > 0) & (sizes < 127)).any():
+        return None
+    return np.broadcast_to(steps, blocks.shape).ravel()[: tensor.size].reshape(tensor.shape)
+
+
+def spacing(gradient: Float[np.ndarray, "d m"]) -> float | None:
+    """The distance of evenly spaced levels, 0 among them, that every entry lies on; None where there are none.
+
+    The smallest entry is on the first level: small entries are the most. Entries that are all of one size lie on
+    levels of that size.
+    """
+    sizes = np.unique(np.abs(gradient))
+    sizes = sizes[sizes > 0]
+    if not 0 < len(sizes) <= LEVELS or sizes[-1] > LEVELS * sizes[0] * 1.01:
+        return None
+    levels = sizes / sizes[0]
+    return float(sizes[0]) if np.abs(levels - np.round(levels)).max() < ON_LEVEL else None
 
 
 def edge(deviation: Float[np.ndarray, "_ m"], shape: tuple[int, int]) -> float:

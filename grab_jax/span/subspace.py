@@ -19,6 +19,10 @@ SPARE = 32
 """Singular values that the noise alone must explain before it counts as noise."""
 
 
+SIGNS = "signs"
+"""The precision of an update whose entries are all of one size."""
+
+
 class Spectrum(NamedTuple):
     """Singular values of the stacked gradient (largest first), the noise floor, the chosen rank and a basis.
 
@@ -27,6 +31,7 @@ class Spectrum(NamedTuple):
     `blur` the standard deviations of its entries (0 for float32), `deviations` those of the gradients' columns (their
     root mean squares). `wire` is the precision the gradients came in, `sigma` the standard deviation of the noise that
     was added to their entries, as read off them (0: none). `rest` completes `basis`: the directions below the floor.
+    `missing` is the share of entries that are exactly zero, in columns that are not.
     """
 
     values: Float[np.ndarray, " d"]
@@ -40,6 +45,7 @@ class Spectrum(NamedTuple):
     wire: str = "float32"
     sigma: float = 0.0
     rest: Float[np.ndarray, "d q"] | None = None
+    missing: float = 0.0
 
     @property
     def noise(self) -> float:
@@ -59,12 +65,22 @@ class Spectrum(NamedTuple):
         return basis[:, : len(bounds)], bounds
 
 
-def spectrum(gradients: Sequence[Float[np.ndarray, "d o"]], *, vectors: bool = True) -> Spectrum:
+def spectrum(
+    gradients: Sequence[Float[np.ndarray, "d o"]],
+    *,
+    vectors: bool = True,
+    rounded: Float[np.ndarray, "d m"] | None = None,
+    drifting: bool = False,
+) -> Spectrum:
     """Rank and basis of the space that the gradients' columns span.
 
     Args:
       gradients: kernels' gradients `[d, o]` that share their inputs (query, key, value).
       vectors: False leaves the basis empty, in a quarter of the time.
+      rounded: standard deviations of the noise that the stacked entries are known to carry besides: in a change of
+        weights, the rounding of these.
+      drifting: the gradients are a sum over training steps, whose inputs move a little with the weights before them:
+        what lies behind the largest gap is that movement.
 
     Columns are scaled to equal noise. The noise is rounding to the precision they came in; if nothing is below that
     and the lower singular values are those of noise of one level, it is this.
@@ -76,9 +92,12 @@ def spectrum(gradients: Sequence[Float[np.ndarray, "d o"]], *, vectors: bool = T
     if not alive.any() or not np.isfinite(stacked).all():
         return Spectrum(np.zeros(d), 0.0, 0, 0.0, 0, *(np.zeros((d, 0)),) * 2, np.zeros(len(alive)))
     stacked = stacked[:, alive]
-    wire = noise.precision(stacked)
-    vague = 20.0 if wire == "float32" else 1.0
-    found = _above(stacked, noise.rounding(stacked, wire), vague, vectors)
+    wire, deviation = _rounding(gradients, stacked, alive)
+    vague = np.inf if drifting else 20.0 if wire == "float32" and rounded is None else 1.0
+    if rounded is not None:
+        deviation = np.hypot(deviation, rounded[:, alive])
+    found = _above(stacked, deviation, vague, vectors)
+    missing = float((stacked == 0).mean())
     sigma = 0.0
     if found.rank == d:
         raw = np.linalg.svd(stacked, compute_uv=False)
@@ -86,9 +105,30 @@ def spectrum(gradients: Sequence[Float[np.ndarray, "d o"]], *, vectors: bool = T
         found = _above(stacked, np.full((1, stacked.shape[1]), sigma), 1.0, vectors) if sigma else found
     deviations = np.zeros(len(alive))
     deviations[alive] = found.deviations
-    blurred = wire != "float32" or sigma  # float32's own rounding stays below every tolerance
+    blurred = wire != "float32" or sigma or rounded is not None  # float32's own rounding stays below every tolerance
     blur = found.blur if blurred else np.zeros_like(found.basis)
-    return found._replace(blur=blur, deviations=deviations, wire=wire, sigma=sigma)
+    if drifting and found.rank < d and found.floor:
+        blur = blur * max(1.0, found.values[found.rank] / found.floor)
+    return found._replace(blur=blur, deviations=deviations, wire=wire, sigma=sigma, missing=missing)
+
+
+def _rounding(gradients, stacked, alive) -> tuple[str, Float[np.ndarray, "_ m"]]:
+    """The precision the gradients came in, and the standard deviations of their entries' rounding errors.
+
+    Levels have a distance of their own in every kernel; rounding up or down at random errs by half of it at most.
+    """
+    wire = noise.precision(stacked)
+    largest = [float(np.abs(g).max()) for g in gradients]
+    steps = [
+        noise.spacing(np.asarray(g, np.float64)) if most else 0.0 for g, most in zip(gradients, largest, strict=True)
+    ]
+    if None in steps:
+        return wire, noise.rounding(stacked, wire)
+    count = max(round(most / step) for most, step in zip(largest, steps, strict=True) if step)
+    if count > 1 and wire != "float32":
+        return wire, noise.rounding(stacked, wire)
+    columns = [np.full((1, g.shape[1]), step / 2) for g, step in zip(gradients, steps, strict=True)]
+    return SIGNS if count == 1 else f"{2 * count + 1} levels", np.concatenate(columns, axis=1)[:, alive]
 
 
 def _above(
