@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run grab_jax on this machine with all its devices.
-#   launch/local.sh --flagfile=experiments/quickstart.flags [overrides]
+#   launch/local.sh [--dry-run] --flagfile=experiments/quickstart.flags [overrides]
 # Environment: PYTHON (default: .venv/bin/python, else python3), GRAB_JAX_CACHE (compilation cache folder).
 set -euo pipefail
 
@@ -14,6 +14,11 @@ python="${PYTHON:-}"
 if [[ -z "$python" ]]; then
   if [[ -x "$root/.venv/bin/python" ]]; then python="$root/.venv/bin/python"; else python=python3; fi
 fi
-export JAX_COMPILATION_CACHE_DIR="${GRAB_JAX_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/grab_jax/xla}"
+if [[ "$1" == "--dry-run" ]]; then
+  printf 'cd %q\n' "$root"
+  printf '%q ' "$python" -m grab_jax.main "${@:2}"
+  echo
+  exit 0
+fi
 cd "$root"
 exec "$python" -m grab_jax.main "$@"
