@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_torch
 from absl import app, flags
 
 from grab_jax import data, models, simulate, tuning
@@ -122,10 +123,8 @@ def project(many: list, step: float, attack: AttackConfig) -> None:
     if importlib.util.find_spec("torch") is None:
         print("PyTorch               not installed: no comparison")
         return
-    import plain_torch
-
     problem = many[0]
-    rival = plain_torch.rival(problem.model.config, np.array(problem.known.ids.clip(0)))
+    rival = plain_torch.started(problem.model.config, np.array(problem.known.ids.clip(0)))
     step, score = _median(rival.step), _median(rival.score)
     theirs = attack.steps * step + (starts + moves) * score
     print(f"plain PyTorch         {theirs:8.1f} s ({1e3 * step:.1f} ms a step, {1e3 * score:.1f} ms a score)")

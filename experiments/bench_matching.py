@@ -6,9 +6,9 @@
 Random weights of the size, one sentence, embeddings frozen, no dropout. `bare` is the client's forward and backward
 pass to its input; a step is the value and the candidate's gradient of a distance; `score` is the first-order value of
 a token candidate. `materialised` forms every tensor's gradient; `factored` (cosine) and `blocked` (L2+L1) do not;
-`torch` is a plain PyTorch double backward with the cosine distance, one candidate at a time. Programs take turns,
-and run twice in each; milliseconds are medians of the second runs over `--repeats` turns, memory is the compiled
-program's temporary one.
+`torch` is a plain PyTorch double backward with the cosine distance, one candidate at a time in a process of its own,
+and `torch score` its first-order value, which our scores are compared with. Programs take turns, and run twice in each;
+milliseconds are medians of the second runs over `--repeats` turns, memory is the compiled program's temporary one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_torch
 from absl import app, flags
 from transformers import BertConfig
 
@@ -122,12 +123,13 @@ def compiled(name: str, function: Callable, args: tuple) -> Row:
     return Row(name, (lambda: jax.block_until_ready(program(*args))) if fits else None, size)
 
 
-def torch_row(made: Setup, restarts: int) -> Row:
-    """The same steps in plain PyTorch, one after another."""
-    import plain_torch
-
-    step = plain_torch.rival(made.model.config, np.array(made.ids)).step
-    return Row("torch", lambda: [step() for _ in range(restarts)], None)
+def torch_rows(made: Setup, restarts: int) -> list[Row]:
+    """The same steps and scores in plain PyTorch, one after another, in a process of their own."""
+    rival = plain_torch.started(made.model.config, np.array(made.ids))
+    return [
+        Row("torch", lambda: [rival.step() for _ in range(restarts)], None),
+        Row("torch score", lambda: [rival.score() for _ in range(restarts)], None),
+    ]
 
 
 def turns(rows: list[Row]) -> dict[str, float]:
@@ -149,8 +151,8 @@ def table(size: str, length: int, restarts: int) -> None:
     wanted = {"bare", *ROWS.value}
     all_programs = programs(made, restarts)
     rows = [compiled(n, *p) for n, p in all_programs.items() if not ROWS.value or n in wanted]
-    if importlib.util.find_spec("torch") and (not ROWS.value or "torch" in wanted):
-        rows.append(torch_row(made, restarts))
+    if importlib.util.find_spec("torch") and (not ROWS.value or wanted & {"torch", "torch score"}):
+        rows += [row for row in torch_rows(made, restarts) if not ROWS.value or row.name in wanted]
     found = turns(rows)
     parameters = 4 * sum(value.size for value in made.trainable.values())
     print(f"\n{size}, length {length}, restarts {restarts}; shared parameters {parameters / 1e6:.0f} MB", flush=True)
@@ -167,7 +169,8 @@ def _line(row: Row, found: dict[str, float], restarts: int) -> None:
     ms = found[row.name]
     rival = "materialised" + " l2+l1" * row.name.endswith("l2+l1") * ("score" not in row.name)
     rival = "materialised score" if row.name == "score" else rival
-    ratios = [f"{ms / found[other]:7.2f}" if other in found else 7 * " " for other in ("bare", rival, "torch")]
+    theirs = "torch score" if "score" in row.name else "torch"
+    ratios = [f"{ms / found[other]:7.2f}" if other in found else 7 * " " for other in ("bare", rival, theirs)]
     print(f"{row.name:20s} {ms:9.1f} {ms / restarts:9.2f} {' '.join(ratios)} {memory}", flush=True)
 
 
