@@ -142,6 +142,7 @@ def prepare(config: Config, processes: int = 1) -> Session:
     trackers.check(config)
     jax.config.update("jax_default_matmul_precision", "highest")
     keys = _keys(config)
+    head = keys[HEAD]
     notes: list[str] = []
     loaded = models.load(
         config.model.name,
@@ -149,10 +150,10 @@ def prepare(config: Config, processes: int = 1) -> Session:
         revision=config.model.revision,
         dropout=config.client.dropout or None,
         num_labels=config.model.num_labels,
-        key=keys[HEAD],
+        key=jax.random.clone(head),
     )
     if config.client.lora:
-        loaded = _with_adapters(config, loaded, jax.random.fold_in(keys[HEAD], 1))
+        loaded = _with_adapters(config, loaded, jax.random.fold_in(head, 1))
     tokenizer = data.load_tokenizer(loaded.folder)
     batches, controls, said = _batches(config, loaded.model, tokenizer)
     params = jax.device_put(loaded.params)
