@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from grab_jax import folder
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -241,7 +243,7 @@ def test_a_slice_runs_the_command_and_its_results_come_back(cloud, tmp_path):
     for worker in "01":
         assert (repo / "runs/s" / f"said.{worker}").read_text().splitlines() == ["-m", "grab_jax.main", *FLAGS]
         assert (tmp_path / worker / "grab_jax" / "my data.jsonl").is_file()
-        assert (tmp_path / worker / "grab_jax/runs/s/results.jsonl").read_text() == "old\n"
+        assert (tmp_path / worker / "grab_jax/runs/s/results.sent.jsonl").read_text() == "old\n"
         assert "uv pip install -q -e .[tpu]" in (tmp_path / worker / "uv.log").read_text()
     assert (repo / "runs/s/said.here").read_text().split() == ["-m", "grab_jax.main", "--mode=report", FLAGS[0]]
     assert tpu(cloud, "--accelerator-type=v4-16", "--version=v", "--", *FLAGS).returncode == 0
@@ -249,16 +251,27 @@ def test_a_slice_runs_the_command_and_its_results_come_back(cloud, tmp_path):
     assert made == ["compute tpus tpu-vm create tpu-1 --zone=us-central2-b --accelerator-type=v4-16 --version=v --spot"]
 
 
-def test_results_of_a_worker_are_newer_than_the_copy_here(cloud, tmp_path):
-    """A connection that broke leaves the workers ahead of this machine: what they have stays."""
-    repo, ahead = tmp_path / "repo", tmp_path / "1" / "grab_jax" / "runs" / "s"
-    for folder, text, age in ((repo / "runs" / "s", "old\n", 1000), (ahead, "old\nnew\n", 500)):
-        folder.mkdir(parents=True)
-        (folder / "results.jsonl").write_text(text)
-        os.utime(folder / "results.jsonl", (time.time() - age,) * 2)
-    done = tpu(cloud, *FLAGS[:1])
-    assert done.returncode == 0, done.stderr
-    assert (repo / "runs/s/results.jsonl").read_text() == (ahead / "results.jsonl").read_text() == "old\nnew\n"
+@pytest.mark.parametrize("ahead", "01")
+def test_no_worker_takes_the_place_of_results_of_another(cloud, tmp_path, ahead):
+    """A start before left one worker with every result, in one file, and the other behind; both go on with theirs."""
+    repo = tmp_path / "repo/runs/s"
+    places = {worker: tmp_path / worker / "grab_jax/runs/s" for worker in "01"}
+    for place, found in ((repo, "ab"), (places["0"], "ab"), (places["1"], "ab"), (places[ahead], "abcd")):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "results.jsonl").write_text("".join(f'{{"id": "{one}"}}\n' for one in found))
+    behind = places["1" if ahead == "0" else "0"]
+    (behind / "results.0.jsonl").write_text('{"id": "e"}\n')
+    (repo / "results.0.jsonl").write_text('{"id": "f"}\n')
+    os.utime(places[ahead] / "results.jsonl", (time.time() - 1000,) * 2)  # older than the copy here, and yet more
+    for _start in range(2):
+        done = tpu(cloud, *FLAGS[:1])
+        assert done.returncode == 0, done.stderr
+        assert folder.finished(repo).keys() == set("abcdef")
+        assert folder.finished(places[ahead]).keys() >= set("abcdf")
+        assert folder.finished(behind).keys() >= set("abef")
+    names = {path.name for path in repo.iterdir()}
+    assert tpu(cloud, *FLAGS[:1]).returncode == 0
+    assert {path.name for path in repo.iterdir()} == names  # nothing piles up
 
 
 def test_results_are_gathered_from_a_run_that_failed(cloud, tmp_path):
