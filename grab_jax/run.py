@@ -1,7 +1,7 @@
 """A whole run without absl: simulate clients, attack them, append results, write the report. Resumes after a kill.
 
-Several processes (`sharding`) attack a share of the groups each; the one that finds every result there writes the
-report.
+Several processes (`sharding`) attack a share of the client batches each; the one that finds every result there writes
+the report.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def run(config: Config, world: sharding.World = sharding.ALONE) -> Path:
     clock = CompileClock()
     for other in config.report.others:
         report.read(Path(other), "--report_beside")  # better refused now than after the attack
-    session = prepare(config, world.count)
+    session = prepare(config, world)
     size = sum(int(v.size) for v in [*session.trainable.values(), *session.frozen.values()])
     describe_run = lambda: about.about(config, session.loaded.model, size, session.notes, session.ids, session.privacy)  # noqa: E731
     folder = folders.open_folder(config, describe_run)
@@ -90,7 +90,7 @@ def run(config: Config, world: sharding.World = sharding.ALONE) -> Path:
         display.say(f"{config.attack.name} must be told: {NEEDS[config.attack.name].sentence()}")
         for note in session.notes:
             display.say(f"note: {note}")
-        for group in world.share(session.plan.groups):
+        for group in session.plan.groups:
             with interrupts.deferred():
                 _attack_group(session, group, folder, display, tracked, clock, world)
         if world.process == 0:
@@ -133,11 +133,11 @@ def rebuild(config: Config) -> Path:
     return report.render(folder, config.report.others)
 
 
-def prepare(config: Config, processes: int = 1) -> Session:
+def prepare(config: Config, world: sharding.World = sharding.ALONE) -> Session:
     """Load model and data, form batches and the plan; matrix products are exact float32 from here on, on any device.
 
     Args:
-      processes: how many share the client batches.
+      world: who shares the client batches; the plan has the groups of this process.
     """
     trackers.check(config)
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -158,7 +158,7 @@ def prepare(config: Config, processes: int = 1) -> Session:
     params = jax.device_put(loaded.params)
     frozen_ = lora.is_frozen if config.client.lora else tuning.freezes(loaded.model, config.client.frozen)
     trainable, frozen = tuning.split(params, frozen_)
-    work = plan.make(config, loaded.model, trainable, batches, processes)
+    work = plan.make(config, loaded.model, trainable, batches, world)
     notes += [*loaded.notes, *said]
     if config.attack.searches:
         notes += local_training.notes(config.told_local)

@@ -211,8 +211,8 @@ printf '%s\n' "$@" >"$folder/said.${WORKER:-here}"
 @pytest.fixture
 def cloud(tmp_path):
     """The environment of a stand-in for gcloud, and for python on workers and here; a copy of the scripts to start."""
-    for folder in ("0/.local/bin", "1/.local/bin", "bin", "repo/launch"):
-        (tmp_path / folder).mkdir(parents=True)
+    for place in ("0/.local/bin", "1/.local/bin", "bin", "repo/launch"):
+        (tmp_path / place).mkdir(parents=True)
     for name in ("grab_jax", "experiments", "pyproject.toml", "README.md", "LICENSE"):
         (tmp_path / "repo" / name).touch()
     for script in SCRIPTS:
