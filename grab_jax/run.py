@@ -73,7 +73,7 @@ def run(config: Config, world: sharding.World = sharding.ALONE) -> Path:
     """Do everything `config` says, or this process's share of it, and return the run folder.
 
     Raises:
-      InputError: bad input, in one sentence; results already written stay.
+      InputError: bad input, in one sentence, or another process runs this; results already written stay.
     """
     os.umask(0o077)
     clock = CompileClock()
@@ -84,6 +84,22 @@ def run(config: Config, world: sharding.World = sharding.ALONE) -> Path:
     describe_run = lambda: about.about(config, session.loaded.model, size, session.notes, session.ids, session.privacy)  # noqa: E731
     folder = folders.open_folder(config, describe_run)
     folders.finished(folder)  # damaged results are refused before anything is said
+    # A process that was just stopped may still be ending.
+    with folders.alone(folder / f"run{world.suffix}.own.lock", patience=1.0) as mine:
+        if not mine:
+            raise InputError(
+                f"--run_dir={folder} is being run by another process{_numbered(world)}; wait for it, or stop it, or "
+                "give processes that share the work numbers (JAX_PROCESS_ID and JAX_NUM_PROCESSES, srun)"
+            )
+        return _run(session, folder, clock, world)
+
+
+def _numbered(world: sharding.World) -> str:
+    return f" with the number {world.process}" if world.several else ""
+
+
+def _run(session: Session, folder: Path, clock: CompileClock, world: sharding.World) -> Path:
+    config = session.config
     tracked = trackers.Trackers(config, folder, world.process)
     display = Display(config.run.progress, folder / f"log{world.suffix}.txt")
     try:
@@ -126,11 +142,12 @@ def rebuild(config: Config) -> Path:
         raise InputError("--mode=report needs --run_dir, the folder of a finished or unfinished run")
     os.umask(0o077)
     folder = Path(config.run.dir)
-    if folders.shards(folder):
-        folders.merge(folder, folders.read_json(folder / "run.json")["ids"])
-    described, records = report.read(folder)
-    folders.write_json(folder / "summary.json", summary.summarise(records, described))
-    return report.render(folder, config.report.others)
+    with _together(folder, sharding.ALONE):
+        if folders.shards(folder):
+            folders.merge(folder, folders.read_json(folder / "run.json")["ids"])
+        described, records = report.read(folder)
+        folders.write_json(folder / "summary.json", summary.summarise(records, described))
+        return report.render(folder, config.report.others)
 
 
 def prepare(config: Config, world: sharding.World = sharding.ALONE) -> Session:
@@ -337,8 +354,9 @@ def _saved(session: Session, members: Sequence[int], folder: Path) -> Path:
 
 
 def _together(folder: Path, world: sharding.World) -> contextlib.AbstractContextManager[Any]:
-    """What several processes write, one writes at a time."""
-    return folders.alone(folder / "run.lock", float("inf")) if world.several else contextlib.nullcontext()
+    """What several processes write, one writes at a time; they may still run where there are files of theirs."""
+    several = world.several or folders.shards(folder)
+    return folders.alone(folder / "run.lock", float("inf")) if several else contextlib.nullcontext()
 
 
 def _span(members: Sequence[int]) -> str:
