@@ -288,8 +288,9 @@ def test_processes_find_what_one_does(xla, alone, tmp_path, count):
     said = together(xla, [*args, f"--run_dir={place}"], count)
     assert results(place) == expected
     assert len(expected) == 8
-    assert sum("the last one to be done writes the report" in one for one in said) == count - 1
-    assert sum("\nreport: " in one for one in said) == 1
+    # Two that end at once may both find every result.
+    assert all(("the last one to be done writes the report" in one) != ("\nreport: " in one) for one in said)
+    assert any("\nreport: " in one for one in said)
     assert not folder.shards(place)
     summary = json.loads((place / "summary.json").read_text())
     assert summary["n_batches"] == 8
