@@ -242,7 +242,7 @@ class Config:
     """A whole run."""
 
     mode: Literal["simulate", "report", "status"] = setting(
-        "simulate", "run an attack; or rebuild the report of --run_dir; or say how far a sweep in --run_dir is"
+        "simulate", "run an attack; or rebuild the report of --run_dir; or say how far what is in --run_dir is"
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

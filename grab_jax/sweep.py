@@ -237,8 +237,9 @@ def rebuild(base: Path) -> Path:
         place = base / row["id"]
         if folders.finished(place):
             run.rebuild(Config(mode="report", run=dataclasses.replace(Config().run, dir=str(place))))
-    sweep_table.write(base)
-    return sweep_page.render(base)
+    with _table(base):
+        sweep_table.write(base)
+        return sweep_page.render(base)
 
 
 def describe(found: Sequence[Cell]) -> str:
