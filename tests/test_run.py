@@ -529,6 +529,16 @@ def test_a_second_process_in_the_folder_is_refused(refuse, copied, small):
     assert (copied / "results.jsonl").read_bytes() == before
 
 
+def test_two_processes_of_unequal_memory_share_a_run(finished, small, tmp_path):
+    for process, memory in enumerate(("--run_memory_gb=64", "--run_memory_gb=0.001")):
+        assert not (tmp_path / "summary.json").exists()
+        run.run(parse(*small, memory, f"--run_dir={tmp_path}"), sharding.World(process, 2))
+    found = records(tmp_path)
+    assert [r["predictions"][0]["text"] for r in found] == [r["predictions"][0]["text"] for r in records(finished)]
+    assert (tmp_path / "report.html").is_file()
+    assert not folders.shards(tmp_path)
+
+
 def test_the_report_is_rebuilt_while_nobody_adds_results(copied, monkeypatch):
     """A process that merges its results at the same time would lose them, or lose those of others."""
     (copied / "results.jsonl").rename(copied / "results.1.jsonl")
