@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from grab_jax import dry_run, flags, report, run, sharding
+from grab_jax import dry_run, flags, report, run, sharding, sweep_table
 from grab_jax import folder as folders
 from grab_jax.attacks import ATTACKS
 from grab_jax.config import Config
@@ -28,7 +28,7 @@ LISTED = "comparison.json"
 
 
 def start(names: Sequence[str], configure: Configure) -> Path | None:
-    """Run, print the plan of, or rebuild the page of several attacks, as `mode` and `dry_run` say.
+    """Run, print the plan or the state of, or rebuild the page of several attacks, as `mode` and `dry_run` say.
 
     Raises:
       InputError: several processes are to share this; the order of attacks is not known to each of them.
@@ -42,6 +42,8 @@ def start(names: Sequence[str], configure: Configure) -> Path | None:
         )
     if chosen[0].mode == "report":
         print(rebuild(chosen[0]))
+    elif chosen[0].mode == "status":
+        print(status(chosen[0]))
     elif chosen[0].dry_run:
         for config in chosen:
             print(f"--attack={config.attack.name}\n{dry_run.describe(config)}")
@@ -138,11 +140,28 @@ def is_folder(config: Config) -> bool:
     return config.run.dir is not None and (Path(config.run.dir) / LISTED).is_file()
 
 
-def rebuild(config: Config) -> Path:
-    """`--mode=report` for the folder of several attacks: every page again, and the one of all."""
+def _folder(config: Config) -> Path:
     if not is_folder(config):
         raise InputError(f"--run_dir={config.run.dir} holds no {LISTED}; give the folder of several attacks")
-    base = Path(config.run.dir)
+    return Path(config.run.dir)
+
+
+def status(config: Config) -> str:
+    """`--mode=status` for the folder of several attacks: the finished batches of each that has begun.
+
+    Raises:
+      InputError: `--run_dir` is no such folder.
+    """
+    return "\n".join(sweep_table.status(path.parent) for path in sorted(_folder(config).glob("*/run.json")))
+
+
+def rebuild(config: Config) -> Path:
+    """`--mode=report` for the folder of several attacks: every page again, and the one of all.
+
+    Raises:
+      InputError: `--run_dir` is no such folder.
+    """
+    base = _folder(config)
     done = json.loads((base / LISTED).read_text())["attacks"]
     for i, name in enumerate(done):
         attack = dataclasses.replace(config.attack, name=name)

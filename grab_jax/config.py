@@ -190,8 +190,8 @@ class RunConfig:
     progress: Literal["auto", "bar", "lines", "off"] = setting("auto", "bar on a terminal, lines otherwise")
     distributed: Literal["auto", "on", "off"] = setting(
         "auto",
-        "share the work with the other processes of a Slurm step, mpirun, TPU slice or JAX_PROCESS_ID of "
-        "JAX_NUM_PROCESSES; on: refuse to run where there are none; off: do all of it",
+        "share the work with the other processes of a Slurm step, Open MPI's mpirun, TPU slice or "
+        "JAX_PROCESS_ID of JAX_NUM_PROCESSES; on: refuse to run where there are none; off: do all of it",
     )
 
     def __post_init__(self):
@@ -242,7 +242,7 @@ class Config:
     """A whole run."""
 
     mode: Literal["simulate", "report", "status"] = setting(
-        "simulate", "run an attack; or rebuild the report of --run_dir; or say how far a sweep in --run_dir is"
+        "simulate", "run an attack; or rebuild the report of --run_dir; or say how far what is in --run_dir is"
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

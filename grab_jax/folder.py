@@ -37,12 +37,13 @@ def open_folder(config: Config, about: Callable[[], dict[str, Any]]) -> Path:
     """Create the run folder with its `run.json` (made by `about`), or go on in one of the same configuration."""
     folder = Path(config.run.dir) if config.run.dir else default_folder(config)
     described = folder / "run.json"
+    fresh = _fresh(folder)  # before the file is looked for, which another process may be about to write
     if described.is_file():
         old = read_json(described)
         _check_same(folder, old, config)
         kept = {name: old[name] for name in ("started", "programs") if name in old}
         write_json(described, {**about(), **kept})
-    elif folder.exists() and not _empty(folder):
+    elif not fresh:
         raise InputError(f"--run_dir={folder} exists and is not a run folder; give an empty or new folder")
     else:
         try:
@@ -54,9 +55,11 @@ def open_folder(config: Config, about: Callable[[], dict[str, Any]]) -> Path:
     return folder
 
 
-def _empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but files that are being written, or were when a process was killed."""
-    return folder.is_dir() and all(path.name.endswith(".partial") for path in folder.iterdir())
+def _fresh(folder: Path) -> bool:
+    """Whether a folder is still to be made, or holds nothing but locks and files that were being written."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(path.suffix in (".partial", ".lock") for path in folder.iterdir())
 
 
 def count(folder: Path, programs: dict[str, int]) -> None:
@@ -101,9 +104,10 @@ def begin_several(folder: Path, listed: str) -> None:
     Raises:
       InputError: it holds something else, or cannot be created.
     """
+    fresh = _fresh(folder)  # first, as in `open_folder`
     if (folder / "run.json").is_file():
         raise InputError(f"--run_dir={folder} is the folder of a single run; give several runs a new folder")
-    if folder.exists() and not ((folder / listed).is_file() or _empty(folder)):
+    if not fresh and not (folder / listed).is_file():
         raise InputError(f"--run_dir={folder} exists and holds something else; give an empty or new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)

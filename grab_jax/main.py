@@ -31,7 +31,9 @@ def _start(attacks: tuple[str, ...]) -> int:
     world = sharding.initialize(config.run.distributed)
     if world.process and (config.dry_run or config.mode != "simulate"):
         return 0  # said once, by the first process
-    if config.mode == "status":
+    if config.mode == "status" and comparison.is_folder(config):
+        print(comparison.status(config))
+    elif config.mode == "status":
         print(sweep_table.status(Path(config.run.dir or "")))
     elif config.mode == "report" and sweep.is_folder(config):
         print(sweep.rebuild(Path(config.run.dir)))

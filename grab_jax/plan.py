@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 from grab_jax.attacks import lamp
 from grab_jax.config import Config
 from grab_jax.data import ClientBatch
+from grab_jax.sharding import ALONE, World
 
 MOST_CHUNK = 64
 STEP_OVER_SCORE = 2.1
@@ -28,7 +29,7 @@ class Group(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """`chunk` candidates are scored and `together` restarts descended at once.
+    """`groups` are those of this process; `chunk` candidates are scored and `together` restarts descended at once.
 
     `bytes` is the estimated peak, `memory` what the device has.
     """
@@ -52,11 +53,11 @@ def device_memory(config: Config) -> int:
 
 
 def make(
-    config: Config, model: Any, trainable: dict[str, Any], batches: Sequence[ClientBatch], processes: int = 1
+    config: Config, model: Any, trainable: dict[str, Any], batches: Sequence[ClientBatch], world: World = ALONE
 ) -> Plan:
-    """Group batches by shape and size the chunks so that the estimate stays under 60 % of memory.
+    """Group this process's share of the batches by shape; the estimate stays under 60 % of memory.
 
-    No group is larger than the share of each of the `processes` that attack them.
+    Which batches are whose does not depend on memory: hosts with more and with less of it share a run.
     """
     memory = device_memory(config)
     shared = 4 * sum(int(np.prod(value.shape)) for value in trainable.values())
@@ -68,23 +69,33 @@ def make(
     steps = _repeated(config)
     one_step = 6 * steps * _activations(model, *largest) + (4 * steps * shared if steps > 1 else 0)
     budget = 0.6 * memory - 2 * shared
-    most = min(config.run.group, -(-len(batches) // processes))
-    size = int(max(1, min(most, budget // (shared + config.attack.restarts * one_step))))
+    most = min(config.run.group, -(-len(batches) // world.count))
     if not config.attack.searches:
-        size = 1  # seconds each: every batch is written as soon as it is decoded
+        most = 1  # seconds each: every batch is written as soon as it is decoded
+    size = int(max(1, min(most, budget // (shared + config.attack.restarts * one_step))))
     fit = int(max(1, min(config.attack.restarts, (budget - size * shared) // (size * one_step))))
     together = config.attack.together or fit
     one_score = 2 * _activations(model, *largest) + _looked_up(model, trainable) + _judged(config, model, *largest)
     chunk = config.attack.chunk or int(max(1, min(MOST_CHUNK, (budget - size * shared) // one_score)))
     groups = [
-        Group(shape, tuple(members[i : i + size]))
-        for shape, members in sorted(by_shape.items())
-        for i in range(0, len(members), size)
+        Group(shape, members) for shape, own in _share(by_shape, most, world).items() for members in _cut(own, size)
     ]
     peak = 2 * shared + size * shared + max(size * together * one_step, chunk * one_score)
     shapes = len({(group.shape, len(group.members)) for group in groups})
     scores, steps = _work(config, batches)
     return Plan(tuple(groups), chunk, together, int(peak), memory, 8 * shapes, scores, steps)
+
+
+def _share(by_shape: Mapping[tuple[int, int], list[int]], most: int, world: World) -> dict[tuple[int, int], list[int]]:
+    """The batches of this process by shape: all are dealt out in blocks of `most`, which make a group where it fits."""
+    own: dict[tuple[int, int], list[int]] = {}
+    for shape, block in world.share([(s, block) for s in sorted(by_shape) for block in _cut(by_shape[s], most)]):
+        own.setdefault(shape, []).extend(block)
+    return own
+
+
+def _cut(members: Sequence[int], size: int) -> list[tuple[int, ...]]:
+    return [tuple(members[i : i + size]) for i in range(0, len(members), size)]
 
 
 def _repeated(config: Config) -> int:

@@ -1,7 +1,7 @@
 """A whole run without absl: simulate clients, attack them, append results, write the report. Resumes after a kill.
 
-Several processes (`sharding`) attack a share of the groups each; the one that finds every result there writes the
-report.
+Several processes (`sharding`) attack a share of the client batches each; the one that finds every result there writes
+the report.
 """
 
 from __future__ import annotations
@@ -73,24 +73,40 @@ def run(config: Config, world: sharding.World = sharding.ALONE) -> Path:
     """Do everything `config` says, or this process's share of it, and return the run folder.
 
     Raises:
-      InputError: bad input, in one sentence; results already written stay.
+      InputError: bad input, in one sentence, or another process runs this; results already written stay.
     """
     os.umask(0o077)
     clock = CompileClock()
     for other in config.report.others:
         report.read(Path(other), "--report_beside")  # better refused now than after the attack
-    session = prepare(config, world.count)
+    session = prepare(config, world)
     size = sum(int(v.size) for v in [*session.trainable.values(), *session.frozen.values()])
     describe_run = lambda: about.about(config, session.loaded.model, size, session.notes, session.ids, session.privacy)  # noqa: E731
     folder = folders.open_folder(config, describe_run)
     folders.finished(folder)  # damaged results are refused before anything is said
+    # A process that was just stopped may still be ending.
+    with folders.alone(folder / f"run{world.suffix}.own.lock", patience=1.0) as mine:
+        if not mine:
+            raise InputError(
+                f"--run_dir={folder} is being run by another process{_numbered(world)}; wait for it, or stop it, or "
+                "give processes that share the work numbers (JAX_PROCESS_ID and JAX_NUM_PROCESSES, srun)"
+            )
+        return _run(session, folder, clock, world)
+
+
+def _numbered(world: sharding.World) -> str:
+    return f" with the number {world.process}" if world.several else ""
+
+
+def _run(session: Session, folder: Path, clock: CompileClock, world: sharding.World) -> Path:
+    config = session.config
     tracked = trackers.Trackers(config, folder, world.process)
     display = Display(config.run.progress, folder / f"log{world.suffix}.txt")
     try:
         display.say(f"{config.attack.name} must be told: {NEEDS[config.attack.name].sentence()}")
         for note in session.notes:
             display.say(f"note: {note}")
-        for group in world.share(session.plan.groups):
+        for group in session.plan.groups:
             with interrupts.deferred():
                 _attack_group(session, group, folder, display, tracked, clock, world)
         if world.process == 0:
@@ -126,18 +142,19 @@ def rebuild(config: Config) -> Path:
         raise InputError("--mode=report needs --run_dir, the folder of a finished or unfinished run")
     os.umask(0o077)
     folder = Path(config.run.dir)
-    if folders.shards(folder):
-        folders.merge(folder, folders.read_json(folder / "run.json")["ids"])
-    described, records = report.read(folder)
-    folders.write_json(folder / "summary.json", summary.summarise(records, described))
-    return report.render(folder, config.report.others)
+    with _together(folder, sharding.ALONE):
+        if folders.shards(folder):
+            folders.merge(folder, folders.read_json(folder / "run.json")["ids"])
+        described, records = report.read(folder)
+        folders.write_json(folder / "summary.json", summary.summarise(records, described))
+        return report.render(folder, config.report.others)
 
 
-def prepare(config: Config, processes: int = 1) -> Session:
+def prepare(config: Config, world: sharding.World = sharding.ALONE) -> Session:
     """Load model and data, form batches and the plan; matrix products are exact float32 from here on, on any device.
 
     Args:
-      processes: how many share the client batches.
+      world: who shares the client batches; the plan has the groups of this process.
     """
     trackers.check(config)
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -159,7 +176,7 @@ def prepare(config: Config, processes: int = 1) -> Session:
     params = jax.device_put(loaded.params)
     frozen_ = lora.is_frozen if config.client.lora else tuning.freezes(loaded.model, config.client.frozen)
     trainable, frozen = tuning.split(params, frozen_)
-    work = plan.make(config, loaded.model, trainable, batches, processes)
+    work = plan.make(config, loaded.model, trainable, batches, world)
     notes += [*loaded.notes, *said]
     if config.attack.searches:
         notes += local_training.notes(config.told_local)
@@ -338,8 +355,9 @@ def _saved(session: Session, members: Sequence[int], folder: Path) -> Path:
 
 
 def _together(folder: Path, world: sharding.World) -> contextlib.AbstractContextManager[Any]:
-    """What several processes write, one writes at a time."""
-    return folders.alone(folder / "run.lock", float("inf")) if world.several else contextlib.nullcontext()
+    """What several processes write, one writes at a time; they may still run where there are files of theirs."""
+    several = world.several or folders.shards(folder)
+    return folders.alone(folder / "run.lock", float("inf")) if several else contextlib.nullcontext()
 
 
 def _span(members: Sequence[int]) -> str:

@@ -69,8 +69,8 @@ def initialize(wanted: Literal["auto", "on", "off"], env: Env = os.environ) -> W
     found = None if wanted == "off" else _detected(env)
     if found is None and wanted == "on":
         raise InputError(
-            f"--run_distributed=on finds no launcher's variables; {EVERY_WORKER}, with srun, mpirun, or JAX_PROCESS_ID "
-            "and JAX_NUM_PROCESSES set"
+            f"--run_distributed=on finds no launcher's variables; {EVERY_WORKER}, with srun, Open MPI's mpirun, or "
+            "JAX_PROCESS_ID and JAX_NUM_PROCESSES set"
         )
     if found is None:
         return ALONE
@@ -81,7 +81,7 @@ def initialize(wanted: Literal["auto", "on", "off"], env: Env = os.environ) -> W
             "its own number"
         )
     if count > 1:
-        _own_slice(len(_chips(env)), env)
+        _own_slice(len(_chips()), env)
     return World(process, count)
 
 
@@ -128,8 +128,8 @@ def _gke_tpu(env: Env) -> Found:
 
 def _tpu_vm(env: Env) -> Found:
     """A worker of a Cloud TPU slice learns its number from the machine's metadata server."""
-    if not _chips(env):
-        return None
+    if "TPU_SKIP_MDS_QUERY" in env or not _chips():
+        return None  # GKE says to ask nobody, and so does JAX, when imported, on hosts without chips
     server = env.get("GCE_METADATA_IP", "metadata.google.internal")
     try:
         return _of_slice(_attribute(server, "agent-worker-number"), _attribute(server, "worker-network-endpoints"), env)
@@ -151,10 +151,8 @@ def _of_slice(worker: str, hosts: str, env: Env) -> Found:
     return own + of * each, each * slices
 
 
-def _chips(env: Env) -> list[Path]:
-    """The TPU chips of this host; JAX, when imported, sets the variable on hosts without any."""
-    if "TPU_SKIP_MDS_QUERY" in env:
-        return []
+def _chips() -> list[Path]:
+    """The TPU chips of this host."""
     return [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
 
 
@@ -164,3 +162,16 @@ def _own_slice(chips: int, env: Env) -> None:
         env.setdefault("TPU_PROCESS_BOUNDS", "1,1,1")
         env.setdefault("TPU_CHIPS_PER_PROCESS_BOUNDS", bounds)
         env.setdefault("TPU_VISIBLE_CHIPS", ",".join(map(str, range(chips))))
+        _leave_slice(bounds, env)
+
+
+def _leave_slice(bounds: str, env: Env) -> None:
+    """What GKE says of the whole slice becomes what it says of a slice of one host."""
+    axes = len(env.get("TPU_TOPOLOGY", "").split("x"))
+    own = {"TPU_HOST_BOUNDS": "1,1,1", "TPU_CHIPS_PER_HOST_BOUNDS": bounds, "TPU_WORKER_ID": "0"}
+    own |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_TOPOLOGY": "x".join(bounds.split(",")[:axes])}
+    own |= {"TPU_TOPOLOGY_WRAP": ",".join(["false"] * 3)}
+    env.update({name: value for name, value in own.items() if name in env})
+    for name in list(env):
+        if name.startswith("MEGASCALE_") or name == "TPU_PROCESS_ADDRESSES":
+            del env[name]

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grab_jax import dry_run, run, sharding, sweep_page, sweep_table
+from grab_jax import dry_run, run, sharding, sweep_page, sweep_table, utility
 from grab_jax import folder as folders
 from grab_jax.config import Config, identity
 from grab_jax.progress import CompileClock
@@ -98,7 +98,7 @@ def folder(found: Sequence[Cell]) -> Path:
 
 
 def prepared(found: Sequence[Cell]) -> list[Ready]:
-    """Every cell with its model and data loaded once, so that a bad one is refused before the first runs.
+    """Every cell with its model and data loaded once, so that a bad one is refused before the first of these runs.
 
     Cells that share compiled programs come one after another.
     """
@@ -118,14 +118,22 @@ def prepared(found: Sequence[Cell]) -> list[Ready]:
 def run_all(
     swept: Mapping[str, Sequence[Any]], found: Sequence[Cell], base: Path, world: sharding.World = sharding.ALONE
 ) -> int:
-    """Run every cell that is not done; one that fails is recorded, and tried again after the others."""
+    """Run every cell that is not done; one that fails is recorded, and tried again after the others.
+
+    Raises:
+      InputError: a bad cell, or the folder holds something else, or a sweep of other settings.
+    """
     os.umask(0o077)
     ready, clock = prepared(world.share(found)), CompileClock()
     folders.begin_several(base, sweep_table.LISTED)
-    sweep_table.enlist(base, swept, {cell.id: cell.values for cell in found})
-    failed = _attempts(ready, base)
+    with _table(base):
+        sweep_table.enlist(base, swept, {cell.id: cell.values for cell in found})
+    # One in which a process died may kill the next one too: the others first.
+    ready.sort(key=lambda one: sweep_table.noted(base, one.cell.id).get("state") == sweep_table.BEGUN)
+    failed, refused = _attempts(ready, base), False
     if world.several:
-        ready += (helped := _help(found, base, {one.cell.id for one in ready}))
+        helped, refused = _help(found, base, {one.cell.id for one in ready})
+        ready += helped
         failed += [one for one in helped if sweep_table.noted(base, one.cell.id).get("state") == "failed"]
     shapes = len({(one.programs, shape) for one in ready for shape in one.shapes})
     with _table(base):  # the last process to come here has seen every cell
@@ -136,7 +144,7 @@ def run_all(
         f"{len({one.programs for one in ready})} model(s) and attack(s); {clock.hits} read from the cache"
     )
     print(f"sweep: {page}")
-    return 1 if failed else 0
+    return 1 if failed or refused else 0
 
 
 def _attempts(ready: Sequence[Ready], base: Path) -> list[Ready]:
@@ -147,19 +155,27 @@ def _attempts(ready: Sequence[Ready], base: Path) -> list[Ready]:
     return failed
 
 
-def _help(found: Sequence[Cell], base: Path, own: set[str]) -> list[Ready]:
-    """Run cells of other processes that nobody has begun, from the end, where their owners come last."""
-    helped = []
+def _help(found: Sequence[Cell], base: Path, own: set[str]) -> tuple[list[Ready], bool]:
+    """Run cells of other processes that nobody has begun, from the end, where their owners come last.
+
+    Returns: these cells, and whether there was a bad one, which is said and left out: its owner refused it.
+    """
+    helped, refused = [], False
     for cell in reversed(found):
         if cell.id not in own and not sweep_table.noted(base, cell.id):
-            helped += (ready := prepared([cell]))
+            try:
+                helped += (ready := prepared([cell]))
+            except InputError as error:
+                refused = True
+                print(f"not run: {error}")
+                continue
             _attempt(ready[0], base, "of another process", 0, own=False)
-    return helped
+    return helped, refused
 
 
 def _table(base: Path) -> contextlib.AbstractContextManager[bool]:
     """The table and the page are made by one process at a time."""
-    return folders.alone(base / "cells" / "table.lock", float("inf"))
+    return folders.alone(base / "table.lock", float("inf"))
 
 
 def _attempt(ready: Ready, base: Path, which: str, turn: int, *, own: bool = True) -> bool:
@@ -175,7 +191,7 @@ def _attempt(ready: Ready, base: Path, which: str, turn: int, *, own: bool = Tru
         if not mine or (before and not own):
             print(f"{said}: another process runs it")
             return True
-        if before.get("state") == "done" and run.finished(ready.ids, place):
+        if before.get("state") == "done" and run.finished(ready.ids, place) and not utility.due(cell.config, place):
             print(f"{said}: already done")
             return True
         print(f"{said}{' once more' if turn else ''}: {place}", flush=True)
@@ -221,8 +237,9 @@ def rebuild(base: Path) -> Path:
         place = base / row["id"]
         if folders.finished(place):
             run.rebuild(Config(mode="report", run=dataclasses.replace(Config().run, dir=str(place))))
-    sweep_table.write(base)
-    return sweep_page.render(base)
+    with _table(base):
+        sweep_table.write(base)
+        return sweep_page.render(base)
 
 
 def describe(found: Sequence[Cell]) -> str:

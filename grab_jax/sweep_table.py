@@ -41,9 +41,25 @@ def word(value: Any) -> str:
 
 
 def enlist(base: Path, swept: Mapping[str, Sequence[Any]], cells: Mapping[str, Mapping[str, Any]]) -> None:
-    """Begin `sweep.json`: what is swept, and the values of every cell by its id."""
+    """Begin `sweep.json`: what is swept, and the values of every cell by its id; cells of an earlier command stay.
+
+    To be called by one process at a time.
+
+    Raises:
+      InputError: it lists cells of other swept flags, or of other settings.
+    """
+    before = folders.read_json(base / LISTED) if (base / LISTED).is_file() else {}
+    others = [row for row in before.get("cells", []) if row["id"] not in cells]
+    for row in others:
+        if row["values"].keys() != swept.keys() or row["values"] in map(dict, cells.values()):
+            raise InputError(
+                f"--run_dir={base} holds a sweep with other settings (its cell {words(row['values'])} is none of "
+                "these); give another folder, or repeat its settings"
+            )
     rows = [{"id": cell, "values": dict(values)} for cell, values in cells.items()]
-    _save(base, {"schema": SCHEMA, "swept": {name: list(values) for name, values in swept.items()}, "cells": rows})
+    rows += [{"id": row["id"], "values": row["values"]} for row in others]
+    known = {name: list(dict.fromkeys([*swept[name], *(row["values"][name] for row in others)])) for name in swept}
+    _save(base, {"schema": SCHEMA, "swept": known, "cells": rows})
 
 
 def listed(base: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Curves of a run for TensorBoard and Weights & Biases: the loss while an attack runs, the leakage batch by batch.
 
 `--run_tensorboard` writes to `<run folder>/tensorboard`; `--run_wandb=PROJECT` sends to that project, or with
-`WANDB_MODE=offline` keeps in `<run folder>/wandb`. Numbers and settings only: no sentence, no output of the program and
-nothing of the machine. Where both are off, nothing is imported.
+`WANDB_MODE=offline` keeps in `<run folder>/wandb`. Numbers and settings only: no sentence, no output of the program, of
+the machine neither its name nor its parts, packages or folders. Where both are off, nothing is imported.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,13 +91,25 @@ def _tensorboard(_config: Config, folder: Path) -> tuple[Write, Callable[[], Any
     return write, writer.close
 
 
+def _without_folders(value: Any) -> Any:
+    """Settings with the last part of a path in place of it: of a file or folder that is here, or where one would be."""
+    if isinstance(value, dict):
+        return {name: _without_folders(part) for name, part in value.items()}
+    local = isinstance(value, str) and (value.startswith(("/", "~", ".")) or (os.sep in value and Path(value).exists()))
+    return Path(value).name if local else value
+
+
 def _wandb(config: Config, folder: Path) -> tuple[Write, Callable[[], Any]]:
     import wandb
 
     # The console shows reconstructed sentences, the machine's description its user: neither is sent.
-    private = wandb.Settings(console="off", disable_code=True, disable_git=True, x_disable_meta=True)
-    told = identity(config)
-    number = hashlib.sha256(json.dumps([str(folder.absolute()), told], sort_keys=True).encode()).hexdigest()[:16]
+    private = wandb.Settings(
+        console="off", disable_code=True, disable_git=True, x_disable_meta=True, x_disable_machine_info=True,
+        x_disable_stats=True, x_save_requirements=False, host="",
+    )  # fmt: skip
+    settings = identity(config)
+    number = hashlib.sha256(json.dumps([str(folder.absolute()), settings], sort_keys=True).encode()).hexdigest()[:16]
+    told = _without_folders(settings)
     place = {"project": config.run.wandb, "dir": str(folder), "name": folder.name}
     try:
         run = wandb.init(**place, id=number, resume="allow", config=told, settings=private)

@@ -51,6 +51,14 @@ def known(config: Config, folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def due(config: Config, folder: Path) -> bool:
+    """Whether it is asked for, and the folder does not hold it under these settings."""
+    if not config.utility.on:
+        return False
+    path = folder / FILE
+    return not path.is_file() or folders.read_json(path).get("settings") != settings(config)
+
+
 def measure(config: Config, loaded: models.Loaded, trainable: Flat, frozen: Flat, tokenizer: Any) -> dict[str, Any]:
     """Train and evaluate.
 

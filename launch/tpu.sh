@@ -9,16 +9,17 @@
 # there; nothing is gathered then. The slice is not deleted. Environment: TPU_NAME and ZONE of the slice.
 set -euo pipefail
 
-if [[ "${1:-}" == "--help" || $# -eq 0 ]]; then
-  sed -n '2,9s/^# \{0,1\}//p' "$0"
-  exit 0
-fi
+if [[ "${1:-}" == "--help" || $# -eq 0 ]]; then sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 0; fi
 cd "$(dirname "$0")/.."
 dry=false folder="" options=() copied=(grab_jax launch experiments pyproject.toml README.md LICENSE)
 create="tpu-vm create" until=true node="${TPU_NAME:-}" zone="--zone=${ZONE:-}" tpus="gcloud compute tpus"
 words() { if (($#)); then printf ' %q' "$@"; fi; }
 if [[ "$1" == "--dry-run" ]]; then dry=true && shift; fi
-if [[ "${1:-}" == "--queued" ]]; then create="queued-resources create --node-id=$node" && shift; fi
+if [[ "${1:-}" == "--queued" ]]; then
+  create="queued-resources create --node-id=$node" && shift
+  until="until $tpus queued-resources describe $node $zone --format='value(state.state)' |
+    grep -xE 'ACTIVE|FAILED|SUSPENDED'; do sleep 60; done"
+fi
 for ((i = 1; i <= $#; i++)); do
   if [[ "${!i}" == "--" ]]; then options=("${@:1:i-1}") && shift "$i" && break; fi
 done
@@ -33,28 +34,27 @@ if [[ ! "$node $zone $folder" =~ $plain || ("$folder" != /* && "$*" == *--sweep_
   exit 2
 fi
 # Followed: docs.cloud.google.com/tpu/docs/jax-pods, .../managing-tpus-tpu-vm and .../queued-resources.
-if [[ "$create" == queued* ]]; then
-  until="until $tpus queued-resources describe $node $zone --format='value(state.state)' |
-    grep -xE 'ACTIVE|FAILED|SUSPENDED'; do sleep 60; done"
-fi
 # shellcheck disable=SC2088  # expanded on the workers, whose own Python may be too old: uv brings one
 venv="~/.local/bin/uv venv -q --python 3.12 --allow-existing && ~/.local/bin/uv pip install -q -e '.[tpu]'"
-copy="mkdir -p grab_jax; cd grab_jax && tar --keep-newer-files -xzf ../grab_jax.tgz"
-install="$copy && python3 -m pip install -q --user uv && $venv"
+# No results take the place of others: those of here get a name of their own there, those of a worker one here.
+copy="mkdir -p grab_jax; cd grab_jax && tar --keep-newer-files --transform=s,/results[.],/results.sent., -xzf"
+install="$copy ../grab_jax.tgz && python3 -m pip install -q --user uv && $venv"
 gather="mkdir -p $folder
 for worker in \$(seq 1 \$($tpus tpu-vm describe $node $zone --format='value(networkEndpoints.len())')); do
-  $tpus tpu-vm scp $node:grab_jax/$folder $(dirname "$folder") $zone --worker=\$((worker - 1)) --recurse ||
-    ((code)) || code=1
+  own=\$fetched/\$worker
+  $tpus tpu-vm scp $node:grab_jax/$folder \$own $zone --worker=\$((worker - 1)) --recurse || ((code)) || code=1
+  for file in \$own/results.[!s]*; do mv \$file \${file/results./results.worker\$worker.} || :; done
+  cp -R \$own/. $folder || :
 done
 launch/local.sh --mode=report --run_dir=$folder || ((code)) || code=1"
 if [[ "$folder" == /* ]]; then gather=""; fi
 program="cd$(words "$PWD")
 $tpus tpu-vm describe $node $zone >/dev/null 2>&1 || { $tpus $create $node $zone$(words "${options[@]}") && $until; }
-archive=\$(mktemp) code=0
-tar --exclude=__pycache__ -czf \"\$archive\"$(words "${copied[@]}")
+archive=\$(mktemp) fetched=\$(mktemp -d) code=0
+tar --exclude=__pycache__ --exclude='results.sent.*' -czf \"\$archive\"$(words "${copied[@]}")
 $tpus tpu-vm scp \"\$archive\" $node:grab_jax.tgz $zone --worker=all
 $tpus tpu-vm ssh $node $zone --worker=all --command=\"$install\"
 $tpus tpu-vm ssh $node $zone --worker=all$(words "--command=cd grab_jax && launch/local.sh$(words "$@")") || code=\$?
 $gather
-rm \"\$archive\"; exit \$code"
+rm -r \"\$archive\" \$fetched; exit \$code"
 if $dry; then echo "$program"; else exec bash -euo pipefail -c "$program"; fi

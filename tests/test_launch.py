@@ -1,5 +1,6 @@
 """The shell scripts: help, dry run, refusals, and that every argument arrives unbroken."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from grab_jax import folder
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -114,22 +117,42 @@ def test_flagfiles_run_in_folders_of_their_own(teller, tmp_path):
     assert max(sum(steps[:i]) for i in range(len(steps) + 1)) == 2
 
 
-def test_a_stopped_sweep_stops_its_processes(teller, tmp_path):
+STOPPABLE = """#!{python}
+import os, signal, sys, time
+said = lambda number, _frame: os.write(1, b"signal %d\\n" % number)
+for number in (signal.SIGINT, signal.SIGTERM):  # as grab_jax does: the second one would stop it at once
+    signal.signal(number, said)
+open(f"{place}/{{os.getpid()}}.begun", "w").close()
+signal.pause()
+time.sleep(0.5)
+sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("files", [[], ["a.flags", "b.flags", "c.flags"]], ids=["cells", "files"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "term"])
+def test_processes_are_asked_to_stop_once_and_no_other_begins(teller, tmp_path, number, files):
+    """Ctrl-C goes to the script and to what is in its group; a file that waits for its turn is not begun."""
     python = teller("python")
-    python.write_text(
-        f"#!/usr/bin/env bash\ntrap 'echo saved >>\"{tmp_path}/saved\"; exit 130' TERM\n"
-        f'touch "{tmp_path}/$$.begun"\nsleep 60 & wait\n'
-    )
-    command = [str(ROOT / "launch" / "sweep.sh"), "--processes=2", "--", "--run_dir=r"]
-    # Its own group and no pipe: the sleeping grandchildren outlive it.
-    process = subprocess.Popen(command, env=os.environ | {"PYTHON": str(python)}, start_new_session=True)
+    python.write_text(STOPPABLE.format(python=sys.executable, place=tmp_path))
+    command = [str(ROOT / "launch" / "sweep.sh"), "--processes=2", *files, "--", "--run_dir=r"]
+    pipe = {"stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=os.environ | {"PYTHON": str(python)}, start_new_session=True, **pipe)
+    begun = lambda: [int(path.stem) for path in tmp_path.glob("*.begun")]  # noqa: E731
     try:
-        wait(lambda: len(list(tmp_path.glob("*.begun"))) == 2)
-        process.terminate()
-        assert process.wait(60) == 130
-        assert (tmp_path / "saved").read_text() == "saved\n" * 2
+        wait(lambda: len(begun()) == 2)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert said == "signal 15\n" * 2
+        assert len(begun()) == 2
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        for one in [process.pid, *begun()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
 
 
 def wait(done):
@@ -142,10 +165,29 @@ def wait(done):
 def test_a_sweep_on_gpus_gives_each_process_its_own(teller, tmp_path):
     python, gpus = teller("python"), teller("nvidia-smi")
     python.write_text('#!/bin/sh\necho "gpu $CUDA_VISIBLE_DEVICES"\n')
-    gpus.write_text("#!/bin/sh\necho GPU 0\necho GPU 1\n")
+    gpus.write_text("#!/bin/sh\necho 0\necho 1\n")
     env = {"PYTHON": str(python), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = sh("sweep.sh", "--processes=2", "--", "--run_dir=r", **env)
-    assert sorted(done.stdout.splitlines()) == ["gpu 0", "gpu 1"]
+    run = lambda count, **more: sh("sweep.sh", f"--processes={count}", "--", "--run_dir=r", **env, **more)  # noqa: E731
+    assert sorted(run(2).stdout.splitlines()) == ["gpu 0", "gpu 1"]
+    assert sorted(run(3).stdout.splitlines()) == ["gpu 0", "gpu 1"]
+    assert run(3).stderr == "launch/sweep.sh: one process per GPU, so 2 at a time\n"
+    assert run(1).stdout == "gpu \n"  # all of them
+    assert sorted(run(2, CUDA_VISIBLE_DEVICES="3,GPU-b,7").stdout.splitlines()) == ["gpu 3", "gpu GPU-b"]
+    assert run(2, CUDA_VISIBLE_DEVICES="").stdout == "gpu \n" * 2
+    gpus.write_text("#!/bin/sh\necho NVIDIA-SMI has failed; exit 9\n")
+    assert run(2).stdout == "gpu \n" * 2
+
+
+def test_no_two_flagfiles_have_one_gpu_at_once(teller, tmp_path):
+    """The second of three is done first: the third gets its GPU."""
+    python = teller("python")
+    python.write_text(
+        '#!/bin/sh\necho "$3 $CUDA_VISIBLE_DEVICES"\n'
+        f'cd "{tmp_path}"; case "$3" in *a.flags) until [ -e c ]; do sleep 0.1; done;; *c.flags) touch c;; esac\n'
+    )
+    files = ["a.flags", "b.flags", "c.flags"]
+    done = sh("sweep.sh", "--processes=2", *files, "--", "--run_dir=r", PYTHON=str(python), CUDA_VISIBLE_DEVICES="4,5")
+    assert sorted(done.stdout.splitlines()) == [f"--flagfile={n}.flags {g}" for n, g in zip("abc", "455", strict=True)]
 
 
 def test_a_sweep_through_slurm_is_one_job():
@@ -209,8 +251,8 @@ printf '%s\n' "$@" >"$folder/said.${WORKER:-here}"
 @pytest.fixture
 def cloud(tmp_path):
     """The environment of a stand-in for gcloud, and for python on workers and here; a copy of the scripts to start."""
-    for folder in ("0/.local/bin", "1/.local/bin", "bin", "repo/launch"):
-        (tmp_path / folder).mkdir(parents=True)
+    for place in ("0/.local/bin", "1/.local/bin", "bin", "repo/launch"):
+        (tmp_path / place).mkdir(parents=True)
     for name in ("grab_jax", "experiments", "pyproject.toml", "README.md", "LICENSE"):
         (tmp_path / "repo" / name).touch()
     for script in SCRIPTS:
@@ -241,7 +283,7 @@ def test_a_slice_runs_the_command_and_its_results_come_back(cloud, tmp_path):
     for worker in "01":
         assert (repo / "runs/s" / f"said.{worker}").read_text().splitlines() == ["-m", "grab_jax.main", *FLAGS]
         assert (tmp_path / worker / "grab_jax" / "my data.jsonl").is_file()
-        assert (tmp_path / worker / "grab_jax/runs/s/results.jsonl").read_text() == "old\n"
+        assert (tmp_path / worker / "grab_jax/runs/s/results.sent.jsonl").read_text() == "old\n"
         assert "uv pip install -q -e .[tpu]" in (tmp_path / worker / "uv.log").read_text()
     assert (repo / "runs/s/said.here").read_text().split() == ["-m", "grab_jax.main", "--mode=report", FLAGS[0]]
     assert tpu(cloud, "--accelerator-type=v4-16", "--version=v", "--", *FLAGS).returncode == 0
@@ -249,16 +291,27 @@ def test_a_slice_runs_the_command_and_its_results_come_back(cloud, tmp_path):
     assert made == ["compute tpus tpu-vm create tpu-1 --zone=us-central2-b --accelerator-type=v4-16 --version=v --spot"]
 
 
-def test_results_of_a_worker_are_newer_than_the_copy_here(cloud, tmp_path):
-    """A connection that broke leaves the workers ahead of this machine: what they have stays."""
-    repo, ahead = tmp_path / "repo", tmp_path / "1" / "grab_jax" / "runs" / "s"
-    for folder, text, age in ((repo / "runs" / "s", "old\n", 1000), (ahead, "old\nnew\n", 500)):
-        folder.mkdir(parents=True)
-        (folder / "results.jsonl").write_text(text)
-        os.utime(folder / "results.jsonl", (time.time() - age,) * 2)
-    done = tpu(cloud, *FLAGS[:1])
-    assert done.returncode == 0, done.stderr
-    assert (repo / "runs/s/results.jsonl").read_text() == (ahead / "results.jsonl").read_text() == "old\nnew\n"
+@pytest.mark.parametrize("ahead", "01")
+def test_no_worker_takes_the_place_of_results_of_another(cloud, tmp_path, ahead):
+    """A start before left one worker with every result, in one file, and the other behind; both go on with theirs."""
+    repo = tmp_path / "repo/runs/s"
+    places = {worker: tmp_path / worker / "grab_jax/runs/s" for worker in "01"}
+    for place, found in ((repo, "ab"), (places["0"], "ab"), (places["1"], "ab"), (places[ahead], "abcd")):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "results.jsonl").write_text("".join(f'{{"id": "{one}"}}\n' for one in found))
+    behind = places["1" if ahead == "0" else "0"]
+    (behind / "results.0.jsonl").write_text('{"id": "e"}\n')
+    (repo / "results.0.jsonl").write_text('{"id": "f"}\n')
+    os.utime(places[ahead] / "results.jsonl", (time.time() - 1000,) * 2)  # older than the copy here, and yet more
+    for _start in range(2):
+        done = tpu(cloud, *FLAGS[:1])
+        assert done.returncode == 0, done.stderr
+        assert folder.finished(repo).keys() == set("abcdef")
+        assert folder.finished(places[ahead]).keys() >= set("abcdf")
+        assert folder.finished(behind).keys() >= set("abef")
+    names = {path.name for path in repo.iterdir()}
+    assert tpu(cloud, *FLAGS[:1]).returncode == 0
+    assert {path.name for path in repo.iterdir()} == names  # nothing piles up
 
 
 def test_results_are_gathered_from_a_run_that_failed(cloud, tmp_path):

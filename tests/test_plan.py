@@ -13,6 +13,7 @@ from grab_jax import plan
 from grab_jax.attack_config import AttackConfig
 from grab_jax.config import Config, RunConfig
 from grab_jax.data import ClientBatch
+from grab_jax.sharding import World
 from grab_jax.types import Batch
 
 MODEL = SimpleNamespace(
@@ -61,6 +62,30 @@ def test_sizes_by_hand():
     assert found.bytes == 5 * SHARED + 10 * 2 * ACTIVATIONS == 132_640
     assert found.memory == 230_000
     assert found.compilations == 2 * 8
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.sampled_from([8, 12, 16]), min_size=1, max_size=20),
+    st.integers(1, 9),
+    st.lists(st.sampled_from([1000, 230_000, 10**9]), min_size=1, max_size=5),
+    st.sampled_from(["grab", "span"]),
+)
+def test_hosts_with_more_and_less_memory_share_every_batch_once(lengths, group, memories, attack):
+    batches = [batch(i, length) for i, length in enumerate(lengths)]
+    plans = [
+        plan.make(config(memory, group, name=attack), MODEL, TRAINABLE, batches, World(process, len(memories)))
+        for process, memory in enumerate(memories)
+    ]
+    shared = [i for found in plans for one in found.groups for i in one.members]
+    assert sorted(shared) == list(range(len(lengths)))
+    for found in plans:
+        for one in found.groups:
+            assert {(1, lengths[i]) for i in one.members} == {one.shape}
+            assert len(one.members) <= group
+    if attack == "span":
+        sizes = [sum(len(one.members) for one in found.groups) for found in plans]
+        assert max(sizes) - min(sizes) <= 1
 
 
 def test_shrinks_with_memory():

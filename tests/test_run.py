@@ -27,7 +27,8 @@ from safetensors.numpy import load_file, save_file
 from test_flags import parse
 from words import SPECIAL, VOCABULARY, save_tokenizer
 
-from grab_jax import comparison, dry_run, flags, main, models, run
+from grab_jax import comparison, dry_run, flags, main, models, run, sharding
+from grab_jax import folder as folders
 from grab_jax.config import Config
 from grab_jax.types import Batch, InputError
 
@@ -154,6 +155,7 @@ def copied(finished, tmp_path):
 
 def test_run_folder(finished):
     names = {"flags.txt", "run.json", "results.jsonl", "summary.json", "curves.npz", "report.html", "log.txt", "ckpt"}
+    names |= {"run.own.lock"}
     assert {path.name for path in finished.iterdir()} == names
     assert not list((finished / "ckpt").iterdir())
     assert "continuous step 60/60" in (finished / "log.txt").read_text()
@@ -515,6 +517,49 @@ def test_refused_data(refuse, bert, tmp_path, content, part):
     path.write_text(content)
     assert part in refuse(f"--model={bert}", f"--data={path}", "--num_batches=1", f"--run_dir={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_process_in_the_folder_is_refused(refuse, copied, small):
+    """Unless they have numbers, which must differ."""
+    before = (copied / "results.jsonl").read_bytes()
+    with folders.alone(copied / "run.own.lock"):
+        assert "is being run by another process; wait for it" in refuse(*small, f"--run_dir={copied}")
+    with folders.alone(copied / "run.1.own.lock"), pytest.raises(InputError, match="another process with the number 1"):
+        run.run(parse(*small, f"--run_dir={copied}"), sharding.World(1, 2))
+    assert (copied / "results.jsonl").read_bytes() == before
+
+
+def test_two_processes_of_unequal_memory_share_a_run(finished, small, tmp_path):
+    for process, memory in enumerate(("--run_memory_gb=64", "--run_memory_gb=0.001")):
+        assert not (tmp_path / "summary.json").exists()
+        run.run(parse(*small, memory, f"--run_dir={tmp_path}"), sharding.World(process, 2))
+    found = records(tmp_path)
+    assert [r["predictions"][0]["text"] for r in found] == [r["predictions"][0]["text"] for r in records(finished)]
+    assert (tmp_path / "report.html").is_file()
+    assert not folders.shards(tmp_path)
+
+
+def test_the_report_is_rebuilt_while_nobody_adds_results(copied, monkeypatch):
+    """A process that merges its results at the same time would lose them, or lose those of others."""
+    (copied / "results.jsonl").rename(copied / "results.1.jsonl")
+    merge, held = folders.merge, []
+
+    def watched(*args):
+        with folders.alone(copied / "run.lock") as free:
+            held.append(not free)
+        return merge(*args)
+
+    monkeypatch.setattr(folders, "merge", watched)
+    run.rebuild(parse("--mode=report", f"--run_dir={copied}"))
+    assert held == [True]
+
+
+def test_a_lone_process_takes_the_lock_while_there_are_results_of_others(tmp_path):
+    with run._together(tmp_path, sharding.ALONE):
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "results.1.jsonl").touch()
+    with run._together(tmp_path, sharding.ALONE), folders.alone(tmp_path / "run.lock") as free:
+        assert not free
 
 
 def test_refused_run_folders(refuse, copied, small, tmp_path):

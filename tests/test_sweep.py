@@ -139,6 +139,9 @@ def fake(monkeypatch):
             "rouge1": 1.0, "rouge2": 1.0, "rougeL": 100.0 * config.client.dropout}}})  # fmt: skip
         folder.write_json(place / "run.json", {"ids": ["a", "b"], "model": "tiny", "data": "none"})
         (place / "report.html").write_text("a page")
+        if config.utility.on:
+            shares = dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "accuracy_before", "majority"), 50.0)
+            folder.write_json(place / utility.FILE, {"settings": utility.settings(config)} | shares)
 
     monkeypatch.setattr(run, "prepare", prepare)
     monkeypatch.setattr(run, "run", work)
@@ -211,6 +214,63 @@ def test_an_interrupted_sweep_goes_on(fake, tmp_path, monkeypatch):
     assert len(ran) == len(set(ran)) == 4
 
 
+def test_utility_is_measured_in_a_finished_sweep(fake, tmp_path):
+    """Added later, or with other settings; known, it is not measured again."""
+    args = ["--sweep_seed=1,2", f"--run_dir={tmp_path / 's'}"]
+    for more, runs in (([], 2), (["--utility"], 4), (["--utility"], 4), (["--utility", "--utility_rounds=3"], 6)):
+        assert do(*args, *more) == 0
+        assert len(fake[0]) == runs
+    assert "accuracy" in (tmp_path / "s" / "sweep.csv").read_text()
+
+
+def test_a_cell_that_kills_its_process_comes_last(fake, tmp_path, monkeypatch):
+    """It would otherwise end every start of the command before the others run."""
+    ran, work = fake[0], run.run
+
+    def killing(config):
+        if config.seed == 1:
+            raise SystemExit  # of a process that is killed nothing is noted either
+        work(config)
+
+    monkeypatch.setattr(run, "run", killing)
+    args = ["--sweep_seed=1,2,3", f"--run_dir={tmp_path / 's'}"]
+    for done in (0, 2):
+        with pytest.raises(SystemExit):
+            do(*args)
+        assert len(ran) == done
+
+
+def test_a_bad_cell_of_another_process_takes_nobody_along(fake, tmp_path, monkeypatch, capsys):
+    """The first of two has the good cells: it does them, says what is wrong with the other, and makes the table."""
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    assert do("--sweep_batch_size=1,10,2", f"--run_dir={tmp_path / 's'}") == 1
+    said = capsys.readouterr().out
+    assert "not run: cell batch_size=10 of the sweep: too few sentences" in said
+    assert "sweep: " in said
+    assert len(fake[0]) == 2
+
+
+def test_cells_of_an_earlier_command_stay_listed(fake, tmp_path):
+    base = tmp_path / "s"
+    for seeds in ("1,2", "3", "2,3,4"):
+        assert do(f"--sweep_seed={seeds}", f"--run_dir={base}") == 0
+    rows = sweep_table.collect(base)
+    assert [row["values"]["seed"] for row in rows] == [2, 3, 4, 1]
+    assert {row["state"] for row in rows} == {"done"}
+    assert len((base / "sweep.csv").read_text().splitlines()) == 5
+    assert json.loads((base / "sweep.json").read_text())["swept"] == {"seed": [2, 3, 4, 1]}
+    assert len(fake[0]) == 4
+
+
+@pytest.mark.parametrize("other", ["--sweep_seed=1,2 --batch_size=2", "--sweep_batch_size=1,2"])
+def test_one_table_has_cells_of_one_sweep(fake, tmp_path, other):
+    assert do("--sweep_seed=1", f"--run_dir={tmp_path / 's'}") == 0
+    with pytest.raises(InputError, match=r"holds a sweep with other settings \(its cell seed=1 is none of these\)"):
+        do(*other.split(), f"--run_dir={tmp_path / 's'}")
+    assert len(sweep_table.collect(tmp_path / "s")) == 1
+
+
 def test_all_cells_are_checked_before_the_first_runs(fake, tmp_path):
     with pytest.raises(InputError, match=r"batch_size=10.*too few sentences"):
         do("--sweep_batch_size=1,10", f"--run_dir={tmp_path / 's'}")
@@ -259,6 +319,27 @@ def test_several_attacks_on_one_page_are_no_work_for_several_processes(monkeypat
     values = parsed("--attack=span,grab")
     with pytest.raises(InputError, match="--sweep_attack"):
         comparison.start(flags.attacks(values), lambda name: flags.parsed(values, attack=name))
+
+
+def test_the_state_of_several_attacks_is_shown_and_nothing_runs(fake, tmp_path, capsys):
+    args = ["--attack=span,grab", "--mode=status", f"--run_dir={tmp_path}"]
+    values = parsed(*args)
+
+    def ask():
+        return comparison.start(flags.attacks(values), lambda name: flags.parsed(values, attack=name))
+
+    with pytest.raises(InputError, match=r"no comparison\.json"):
+        ask()
+    folder.write_json(tmp_path / comparison.LISTED, {"attacks": ["span"], "skipped": {}})
+    for name, found in (("span", "ab"), ("grab", "a")):
+        (tmp_path / name).mkdir()
+        folder.write_json(tmp_path / name / "run.json", {"ids": ["a", "b"]})
+        for one in found:
+            folder.append(tmp_path / name, {"id": one})
+    ask()
+    said = [f"{tmp_path / name}: {done} of 2 batches are done" for name, done in (("grab", 1), ("span", 2))]
+    assert capsys.readouterr().out.splitlines() == said
+    assert not fake[0]
 
 
 def test_it_takes_no_folder_of_something_else(fake, tmp_path):

@@ -3,9 +3,11 @@
 import dataclasses
 import importlib.util
 import json
+import socket
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import fake_run
@@ -14,7 +16,7 @@ import pytest
 
 from grab_jax import run
 from grab_jax.attacks.state import Progress
-from grab_jax.config import Config
+from grab_jax.config import Config, DataConfig
 from grab_jax.trackers import Trackers, check
 from grab_jax.types import InputError
 
@@ -28,9 +30,11 @@ def config(**run):
     return dataclasses.replace(Config(), run=dataclasses.replace(Config().run, **run))
 
 
-def track(settings, folder, process=0):
+def track(settings, folder, process=0, said=None):
     """Two batches in two rounds of an attack, one of them without a finite loss; then a finished batch."""
     tracked = Trackers(settings, folder, process)
+    if said:
+        print(said)
     for round_ in (0, 1):
         tracked.progress([2, 5], Progress(round_, "continuous", 10, 20, np.array([0.5 - round_ / 4, np.nan]), None))
         tracked.progress([2, 5], Progress(round_, "discrete", 1, 2, np.array([9.0, 9.0]), None))
@@ -88,13 +92,19 @@ def test_wandb_offline_keeps_numbers_and_settings_only(tmp_path, monkeypatch):
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    print(SECRET)
-    steps = track(config(wandb="audits"), tmp_path)
+    settings = config(wandb="audits")
+    private = tmp_path / SECRET
+    told = dataclasses.replace(settings, data=DataConfig(name=str(private / "mails.txt")))
+    steps = track(told, tmp_path, said=SECRET)
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     rows, kinds = [], set()
-    for data in leveldb(file.read_bytes()):
-        record = wandb_internal_pb2.Record.FromString(data)
-        kinds.add(record.WhichOneof("record_type"))
+    deadline = time.monotonic() + 60
+    while "exit" not in kinds:  # written by a process of its own, which may end a little later
+        assert time.monotonic() < deadline
+        found = [wandb_internal_pb2.Record.FromString(data) for data in leveldb(file.read_bytes())]
+        kinds = {record.WhichOneof("record_type") for record in found}
+        time.sleep(0.1)
+    for record in found:
         rows += [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}]
     rows = [row for row in rows if row]
     assert [row["loss/2"] for row in rows[:2]] == [0.5, 0.25]
@@ -102,7 +112,13 @@ def test_wandb_offline_keeps_numbers_and_settings_only(tmp_path, monkeypatch):
     assert (rows[2]["batch"], rows[2]["leakage/exact_match"]) == (2, 50.0)
     assert {"run", "history", "config"} & kinds
     assert not {"output", "output_raw"} & kinds, "what the program prints stays here"
-    assert SECRET.encode() not in file.read_bytes()
+    assert "stats" not in kinds
+    content = file.read_bytes()
+    for private in (SECRET, socket.gethostname(), str(tmp_path)):
+        assert private.encode() not in content
+    assert b"mails.txt" in content
+    assert not list(tmp_path.rglob("requirements.txt"))
+    assert not list(tmp_path.rglob("wandb-metadata.json"))
 
 
 def test_only_the_first_process_writes(tmp_path):
