@@ -302,10 +302,11 @@ class Config:
                 f"--client_local_batch={size} does not divide --batch_size={self.batch_size}: local steps have equal "
                 "numbers of sentences"
             )
-        if not self.known.lr and self.attack.searches and self.attack.distance not in ("cosine", "normalised"):
+        untold = [name for name in ("lr", "steps", "optimizer") if not getattr(self.known, name)]
+        if untold and self.attack.searches and self.attack.distance not in ("cosine", "normalised"):
             raise InputError(
-                f"--noknown_lr leaves the size of the gradient open, which --attack_distance={self.attack.distance} "
-                "compares; use --attack_distance=cosine or normalised"
+                f"--noknown_{untold[0]} leaves the size of the gradient open, which "
+                f"--attack_distance={self.attack.distance} compares; use --attack_distance=cosine or normalised"
             )
         if self.attack.init == "span" and not local.one_gradient(self.batch_size):
             raise InputError(
