@@ -104,7 +104,9 @@ def _told_local(config: Config) -> list[str]:
         ]
     if local.one_gradient(config.batch_size):
         return ["It knows the learning rate, so that the change of the weights after one step tells the gradient."]
-    if config.attack.searches and local.steps(config.batch_size) == 1:
+    if config.attack.searches and local.signs_alone(config.batch_size):
+        if config.attack.view == "auto":
+            return ["One step of AdamW leaves little more than the gradient's signs, which it compares."]
         return ["It takes the change of the weights after one step of AdamW for a gradient, whose size is lost."]
     if config.attack.searches:
         return ["It knows the client's optimizer, learning rate and steps, and repeats the local training."]

@@ -32,16 +32,18 @@ def noise(deviation: float, *, normalised: bool = True) -> Defense:
         update is sent so. Otherwise the deviation is that of the gradient's own entries.
     """
 
-    def unit(value: Array) -> Array:
-        norm = jnp.linalg.norm(value)
-        return value / jnp.where(norm > 0, norm, 1)
-
     def apply(key: Key[Array, ""], update: Update) -> Update:
-        sent = {path: unit(value) for path, value in update.items()} if normalised else update
+        sent = unit(update) if normalised else update
         keys = dict(zip(sent, jax.random.split(key, len(sent)), strict=True))
         return {path: value + deviation * jax.random.normal(keys[path], value.shape) for path, value in sent.items()}
 
     return apply
+
+
+def unit(update: Update) -> Update:
+    """Each tensor divided by its norm, if that is not zero."""
+    norms = {path: jnp.linalg.norm(value) for path, value in update.items()}
+    return {path: value / jnp.where(norms[path] > 0, norms[path], 1) for path, value in update.items()}
 
 
 def prune(share: float, by: Literal["random", "magnitude"] = "random") -> Defense:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from grab_jax import defenses, local_training
 from grab_jax.leaves import LowRank, Pruned, Seen, Signs, Unit, has_direction, thin
-from grab_jax.types import Defended, InputError, Update
+from grab_jax.types import Defended, InputError, Problem, Update
 
 Name = Literal["auto", "all", "normalised", "unpruned", "signs"]
 
@@ -36,8 +37,32 @@ def seen(
     """
     chosen, defense = [only(update, layers) for update in updates], through(name, defended)
     if defense.normalised or defense.pruned or defense.signs:
-        return [_part(update, defense) for update in chosen]
+        return [_part(update, defense, sized=not defended.normalised) for update in chosen]
     return factored(chosen, rows)
+
+
+def observed(problems: Sequence[Problem], config: Any, rows: int) -> list[dict[str, Seen]]:
+    """What an attack by gradient matching compares with, of client batches of one model.
+
+    Args:
+      problems: the client batches.
+      config: an `AttackConfig`, which takes the names of views from here.
+      rows: as in `factored`.
+
+    Raises:
+      InputError: the tensors chosen leave nothing to match.
+    """
+    updates, defended = [local_training.matched(problem) for problem in problems], local_training.left(problems[0])
+    found = seen(updates, rows, config.view, config.layers, defended)
+    directed = config.distance in ("cosine", "normalised")
+    table = problems[0].model.word_table
+    if all(path == table or (directed and not has_direction(path)) for path in found[0]):
+        raise InputError(
+            f"--attack_layers={config.layers} leaves nothing to match through --attack_view={config.view} and "
+            f"--attack_distance={config.distance}: key biases have no direction, and embeddings do not touch the word "
+            "table; match other tensors as well"
+        )
+    return found
 
 
 def through(name: Name, defended: Defended) -> Defended:
@@ -51,9 +76,14 @@ def through(name: Name, defended: Defended) -> Defended:
     return Defended(normalised=name == "normalised", pruned=name == "unpruned", signs=name == "signs")
 
 
-def _part(observed: Update, defense: Defended) -> dict[str, Seen]:
-    """What the defense left of an update; rounding that was brought to a norm of 1 is left out."""
-    part = signs(observed) if defense.signs else unpruned(observed) if defense.pruned else observed
+def _part(update: Update, defense: Defended, *, sized: bool) -> dict[str, Seen]:
+    """What the defense left of an update; rounding that was brought to a norm of 1 is left out.
+
+    `sized`: the client itself did not normalise, so both sides are brought to a norm of 1 here.
+    """
+    if defense.normalised and sized:
+        update = defenses.unit(update)
+    part = signs(update) if defense.signs else unpruned(update) if defense.pruned else update
     if not defense.normalised:
         return dict(part)
     return {path: Unit(leaf) for path, leaf in part.items() if has_direction(path)}

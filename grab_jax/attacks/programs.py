@@ -84,8 +84,7 @@ def mesh_for(batches: int, restarts: int = 1) -> Mesh:
 
 def stack(problems: Sequence[Problem], config: AttackConfig, mesh: Mesh, judge: prior.Prior | None = None) -> Shared:
     """Put problems of one shape side by side on the mesh, the last one repeated to fill it; weights are replicated."""
-    observed = [local_training.matched(problem) for problem in problems]
-    seen = views.seen(observed, _rows(problems[0]), config.view, config.layers, problems[0].defended)
+    seen = views.observed(problems, config, _rows(problems[0]))
     missing = -len(problems) % mesh.shape["k"]
     together = lambda *leaves: jnp.stack([*leaves, *leaves[-1:] * missing])  # noqa: E731
     observed = jax.tree.map(together, *seen)
