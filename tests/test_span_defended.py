@@ -10,8 +10,9 @@ from span_client import FAMILIES, client
 from test_span_attack import certified, drawn, solve
 
 from grab_jax.attack_config import AttackConfig
-from grab_jax.attacks import dager
+from grab_jax.attacks import dager, span
 from grab_jax.config import DefenseConfig
+from grab_jax.local_training import Local
 from grab_jax.span import noise, subspace
 
 CLIP = 1e-3
@@ -106,3 +107,10 @@ def test_noise_on_tensors_of_one_size_leaves_the_equations_to_rounding():
         client("bert", drawn("bert", (5,), seed=7), dropout=False, defense=DefenseConfig(noise=1e-6)).problem
     )
     assert result.loss < 1e-4
+
+
+def test_an_optimizer_that_is_not_told_may_be_why_there_is_no_low_rank():
+    full = subspace.spectrum([np.random.default_rng(0).normal(size=(8, 24))])
+    blind = Local(optimizer=None, momentum=None, weight_decay=None)
+    assert "optimizer, which was not told" in span.not_testable(full, 8, local=blind)
+    assert "optimizer" not in span.not_testable(full, 8, local=Local())
