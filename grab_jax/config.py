@@ -92,9 +92,19 @@ class ClientConfig:
         require(0 <= self.momentum < 1, "client_momentum", self.momentum, "a number in [0, 1)")
         require(0 <= self.weight_decay < float("inf"), "client_weight_decay", self.weight_decay, "0 or more")
         for name in ("epochs", "local_batch", "optimizer", "lr", "momentum", "weight_decay"):
-            value = getattr(self, name)
-            if self.algorithm == "fedsgd" and value != type(self).__dataclass_fields__[name].default:
-                raise InputError(f"--client_{name}={value} needs --client_algorithm=fedavg: FedSGD sends one gradient")
+            self._refuse_unused(
+                name, self.algorithm == "fedavg", "--client_algorithm=fedavg: FedSGD sends one gradient"
+            )
+        self._refuse_unused("momentum", self.optimizer == "sgd", "--client_optimizer=sgd: AdamW has none")
+        self._refuse_unused("weight_decay", self.optimizer == "adamw", "--client_optimizer=adamw: SGD has none")
+        for name in ("lora_alpha", "lora_targets", "lora_dropout"):
+            self._refuse_unused(name, self.lora_rank > 0, "--client_lora_rank: it describes new adapters")
+
+    def _refuse_unused(self, name: str, used: bool, needed: str) -> None:
+        """Refuse a setting that was given and would be ignored."""
+        value = getattr(self, name)
+        if not used and value != type(self).__dataclass_fields__[name].default:
+            raise InputError(f"--client_{name}={value} needs {needed}; leave it out")
 
     @property
     def lora(self) -> bool:

@@ -275,6 +275,21 @@ def test_settings_that_do_not_fit_are_refused(settings, said):
         Config(batch_size=3, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"algorithm": "fedavg", "optimizer": "adamw", "momentum": 0.9}, "--client_momentum=0.9 needs .*sgd"),
+        ({"algorithm": "fedavg", "weight_decay": 0.1}, "--client_weight_decay=0.1 needs .*adamw"),
+        ({"lora_alpha": 4.0}, "--client_lora_alpha=4.0 needs --client_lora_rank"),
+        ({"lora_targets": "query", "lora_from": "folder"}, "--client_lora_targets=query needs --client_lora_rank"),
+        ({"lora_dropout": 0.1, "lora_from": "folder"}, "--client_lora_dropout=0.1 needs --client_lora_rank"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(settings, said):
+    with pytest.raises(InputError, match=said):
+        ClientConfig(**settings)
+
+
 def test_local_training_needs_fedavg():
     with pytest.raises(InputError, match="--client_epochs=2 needs --client_algorithm=fedavg"):
         ClientConfig(epochs=2)
