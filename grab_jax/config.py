@@ -175,6 +175,10 @@ class DefenseConfig:
         require(0 <= self.prune < 1, "defense_prune", self.prune, "a share in [0, 1)")
 
 
+ACCOUNTING = ("dp_sampling", "dp_steps", "dp_delta", "epsilon_nominal")
+"""Fields of `DefenseConfig` that only say what epsilon is counted: they change no update."""
+
+
 @dataclass(frozen=True)
 class KnownConfig:
     """What the attacker is told."""
