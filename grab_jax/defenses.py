@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from grab_jax.leaves import unit
 from grab_jax.types import Update
 
 Defense = Callable[[Key[Array, ""], Update], Update]
@@ -38,12 +39,6 @@ def noise(deviation: float, *, normalised: bool = True) -> Defense:
         return {path: value + deviation * jax.random.normal(keys[path], value.shape) for path, value in sent.items()}
 
     return apply
-
-
-def unit(update: Update) -> Update:
-    """Each tensor divided by its norm, if that is not zero."""
-    norms = {path: jnp.linalg.norm(value) for path, value in update.items()}
-    return {path: value / jnp.where(norms[path] > 0, norms[path], 1) for path, value in update.items()}
 
 
 def prune(share: float, by: Literal["random", "magnitude"] = "random") -> Defense:

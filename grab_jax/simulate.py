@@ -108,7 +108,7 @@ def measure(
     shares = {path: share / count for path, share in each.items()}
     update = {path: share.sum(0) for path, share in shares.items()}
     if unit:
-        shares = {path: value[None] for path, value in defenses.unit(update).items()}
+        shares = {path: value[None] for path, value in unit(update).items()}
     return privacy.measured(shares, defenses.chain(*noises)(_defense_key(key, batch), update))
 
 

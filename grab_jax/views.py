@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from grab_jax import defenses, local_training
-from grab_jax.leaves import LowRank, Pruned, Seen, Signs, Unit, has_direction, thin
-from grab_jax.types import Defended, InputError, Problem, Update
+from grab_jax.leaves import LowRank, Pruned, Seen, Signs, Unit, has_direction, thin, unit
+from grab_jax.types import Defended, InputError, Update
 
 Name = Literal["auto", "all", "normalised", "unpruned", "signs"]
 
@@ -41,30 +40,6 @@ def seen(
     return factored(chosen, rows)
 
 
-def observed(problems: Sequence[Problem], config: Any, rows: int) -> list[dict[str, Seen]]:
-    """What an attack by gradient matching compares with, of client batches of one model.
-
-    Args:
-      problems: the client batches.
-      config: an `AttackConfig`, which takes the names of views from here.
-      rows: as in `factored`.
-
-    Raises:
-      InputError: the tensors chosen leave nothing to match.
-    """
-    updates, defended = [local_training.matched(problem) for problem in problems], local_training.left(problems[0])
-    found = seen(updates, rows, config.view, config.layers, defended)
-    directed = config.distance in ("cosine", "normalised")
-    table = problems[0].model.word_table
-    if all(path == table or (directed and not has_direction(path)) for path in found[0]):
-        raise InputError(
-            f"--attack_layers={config.layers} leaves nothing to match through --attack_view={config.view} and "
-            f"--attack_distance={config.distance}: key biases have no direction, and embeddings do not touch the word "
-            "table; match other tensors as well"
-        )
-    return found
-
-
 def through(name: Name, defended: Defended) -> Defended:
     """The defense that a view follows: the client's own (`auto`), none (`all`), or the one that it is named after.
 
@@ -82,7 +57,7 @@ def _part(update: Update, defense: Defended, *, sized: bool) -> dict[str, Seen]:
     `sized`: the client itself did not normalise, so both sides are brought to a norm of 1 here.
     """
     if defense.normalised and sized:
-        update = defenses.unit(update)
+        update = unit(update)
     part = signs(update) if defense.signs else unpruned(update) if defense.pruned else update
     if not defense.normalised:
         return dict(part)

@@ -9,9 +9,9 @@ import optax
 import pytest
 from span_client import VOCABULARY, WIDTH, random_model
 
-from grab_jax import client, defenses, distances, local_training, matching, simulate, tuning, views
+from grab_jax import client, defenses, distances, local_training, matching, simulate, tuning
 from grab_jax.attack_config import AttackConfig
-from grab_jax.attacks import grab, span, span_evaluation
+from grab_jax.attacks import grab, programs, span, span_evaluation
 from grab_jax.config import ClientConfig, Config, KnownConfig
 from grab_jax.data import ClientBatch, Sentence
 from grab_jax.leaves import Unit
@@ -122,7 +122,7 @@ def test_an_update_divided_by_its_norms_is_matched_in_that_size(tiny, local):
         defended=Defended(normalised=True),
     )  # fmt: skip
     own = local_training.as_gradient(change, local, 2)
-    (seen,) = views.observed([problem], AttackConfig(), IDS.size)
+    (seen,) = programs.observed([problem], AttackConfig(), IDS.size)
     size = distances.l2(own, {path: Unit(jnp.zeros_like(leaf.seen)) for path, leaf in seen.items()})
     assert distances.l2(own, seen) < 1e-3 * size
 
@@ -134,7 +134,7 @@ def test_one_step_of_adamw_is_compared_by_its_signs(tiny, gradient):
     own = gradient(trainable, frozen, IDS, REAL, LABELS, truth.masks)
     away = {}
     for view in ("auto", "all"):
-        (seen,) = views.observed([truth.problem], AttackConfig(view=view), IDS.size)
+        (seen,) = programs.observed([truth.problem], AttackConfig(view=view), IDS.size)
         away[view] = distances.l2_l1(own, seen)
     assert away["auto"] < 0.05 * away["all"]
     several = simulated(tiny, algorithm="fedavg", optimizer="adamw", lr=0.01, epochs=2)

@@ -10,6 +10,7 @@ import span_client
 
 from grab_jax import client, distances, leaves, matching, simulate, tuning, views
 from grab_jax.attack_config import AttackConfig
+from grab_jax.attacks import programs
 from grab_jax.config import Config, DefenseConfig
 from grab_jax.leaves import Outer, Pruned, Signs, Unit
 from grab_jax.types import Candidate, Defended, InputError
@@ -149,9 +150,9 @@ def test_a_view_of_norms_brings_both_sides_to_one_unless_the_client_did():
 )
 def test_an_attack_without_a_tensor_to_match_is_refused(truth, layers, distance, view):
     with pytest.raises(InputError, match=f"--attack_layers={layers} leaves nothing to match"):
-        views.observed([truth.problem], AttackConfig(layers=layers, distance=distance, view=view), 16)
+        programs.observed([truth.problem], AttackConfig(layers=layers, distance=distance, view=view), 16)
 
 
 def test_key_biases_alone_are_matched_by_their_size(truth):
-    (seen,) = views.observed([truth.problem], AttackConfig(layers="key/bias", distance="l2"), 16)
+    (seen,) = programs.observed([truth.problem], AttackConfig(layers="key/bias", distance="l2"), 16)
     assert all(path.endswith("key/bias") for path in seen)
