@@ -66,7 +66,8 @@ def _setting(config: Config, model: Any) -> list[str]:
     task = "next-token prediction" if config.model.task == "causal_lm" else "sequence classification"
     frozen = "word and position embeddings frozen" if config.client.frozen == "embeddings" else "everything trained"
     if config.client.lora:
-        frozen = f"LoRA, only adapters and the classification head trained ({_adapters(config)})"
+        head = "" if config.model.task == "causal_lm" else " and the classification head"
+        frozen = f"LoRA, only adapters{head} trained ({_adapters(config)})"
     return [
         f"{_work(config)} of {task} with {config.model.name} ({model.family}, width {model.width}, "
         f"{model.config.num_hidden_layers} layers), {_count(config.batch_size, 'sentence')} per client batch.",
@@ -80,7 +81,8 @@ def _adapters(config: Config) -> str:
     if said.lora_from:
         return f"going on from {said.lora_from}"
     where = said.lora_targets or "the usual layers"
-    return f"rank {said.lora_rank}, alpha {said.lora_alpha:g}, on {where}, dropout {said.lora_dropout:g}"
+    dropped = f", dropout {said.lora_dropout:g}" if said.dropout else ""  # evaluation mode switches it off
+    return f"rank {said.lora_rank}, alpha {said.lora_alpha:g}, on {where}{dropped}"
 
 
 def _work(config: Config) -> str:
@@ -104,7 +106,9 @@ def _told_local(config: Config) -> list[str]:
         ]
     if local.one_gradient(config.batch_size):
         return ["It knows the learning rate, so that the change of the weights after one step tells the gradient."]
-    if config.attack.searches and local.steps(config.batch_size) == 1:
+    if config.attack.searches and local.signs_alone(config.batch_size):
+        if config.attack.view == "auto":
+            return ["One step of AdamW leaves little more than the gradient's signs, which it compares."]
         return ["It takes the change of the weights after one step of AdamW for a gradient, whose size is lost."]
     if config.attack.searches:
         return ["It knows the client's optimizer, learning rate and steps, and repeats the local training."]
@@ -148,21 +152,31 @@ def _assumptions(config: Config, model: Any) -> list[str]:
         return [server, *local, *_told_span(config, model)]
     if config.attack.name == "dager":
         return [server, *local, *_told_dager(config, model)]
-    return [server, *local, *_told_search(config), *([_begun(model)] if config.attack.init == "span" else [])]
+    return [server, *local, *_told_search(config), *([_begun(config, model)] if config.attack.init == "span" else [])]
 
 
-def _begun(model: Any) -> str:
+def _begun(config: Config, model: Any) -> str:
     return (
         "It first decodes the first attention layer's gradient (span decoding), holds the tokens and masks that this "
-        f"proves, and searches the rest; a batch of as many tokens as the model is wide ({model.width}) it searches "
-        "knowing nothing."
+        f"proves, and searches the rest; a batch of as many tokens as {_room(config, model)} it searches knowing "
+        "nothing."
     )
+
+
+def _room(config: Config, model: Any) -> str:
+    """What a batch's tokens must stay below, for their inputs to show in the first attention layer's gradients."""
+    if not config.client.lora:
+        return f"the model is wide ({model.width})"
+    return "the adapters' rank" + (f" ({config.client.lora_rank})" if config.client.lora_rank else "")
 
 
 def _told_span(config: Config, model: Any) -> list[str]:
     """Span decoding takes of `--known_*` the dropout rate only, and no setting of another attack."""
     rate = config.client.dropout
-    if rate:
+    if config.client.lora:
+        used = "the gradients of the first attention layer's adapters only (of their B), with A"
+        told = "It needs a client without dropout" + (", which this one is not." if rate else ".")
+    elif rate:
         used = "the first attention layer's query, key and value gradients only, with the weights of that layer"
         told = f"It knows the dropout rate ({rate:g})" if config.known.rate else "It is not told the dropout rate"
         told += ", and decodes the masks."
@@ -170,12 +184,20 @@ def _told_span(config: Config, model: Any) -> list[str]:
         used = "at most the first two attention layers' query, key and value gradients, with these layers' weights"
         told = "It knows that the client trains without dropout."
     return [
-        f"It uses {used} and the word and position embeddings.",
+        f"It uses {used} and the word and position embeddings.{_told_head(config)}",
         "It is not told the labels, the sentences' lengths or the batch size, whatever --known_labels and "
         "--known_lengths say.",
         told,
-        f"The batch holds fewer tokens than the model is wide ({model.width}); any other batch is not testable.",
+        f"The batch holds fewer tokens than {_room(config, model)}; any other batch is not testable.",
     ]
+
+
+def _told_head(config: Config) -> str:
+    """A further sentence where the last tokens of sentences are read off the output layer."""
+    trained = config.client.frozen == "none" and config.defense.clip is None
+    if config.model.task != "causal_lm" or not trained:
+        return ""
+    return " For the last token of every sentence it uses the gradient of the tied output layer and all weights."
 
 
 def _told_dager(config: Config, model: Any) -> list[str]:

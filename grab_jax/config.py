@@ -92,9 +92,19 @@ class ClientConfig:
         require(0 <= self.momentum < 1, "client_momentum", self.momentum, "a number in [0, 1)")
         require(0 <= self.weight_decay < float("inf"), "client_weight_decay", self.weight_decay, "0 or more")
         for name in ("epochs", "local_batch", "optimizer", "lr", "momentum", "weight_decay"):
-            value = getattr(self, name)
-            if self.algorithm == "fedsgd" and value != type(self).__dataclass_fields__[name].default:
-                raise InputError(f"--client_{name}={value} needs --client_algorithm=fedavg: FedSGD sends one gradient")
+            self._refuse_unused(
+                name, self.algorithm == "fedavg", "--client_algorithm=fedavg: FedSGD sends one gradient"
+            )
+        self._refuse_unused("momentum", self.optimizer == "sgd", "--client_optimizer=sgd: AdamW has none")
+        self._refuse_unused("weight_decay", self.optimizer == "adamw", "--client_optimizer=adamw: SGD has none")
+        for name in ("lora_alpha", "lora_targets", "lora_dropout"):
+            self._refuse_unused(name, self.lora_rank > 0, "--client_lora_rank: it describes new adapters")
+
+    def _refuse_unused(self, name: str, used: bool, needed: str) -> None:
+        """Refuse a setting that was given and would be ignored."""
+        value = getattr(self, name)
+        if not used and value != type(self).__dataclass_fields__[name].default:
+            raise InputError(f"--client_{name}={value} needs {needed}; leave it out")
 
     @property
     def lora(self) -> bool:
@@ -163,6 +173,10 @@ class DefenseConfig:
         require(self.quantise == 0 or 2 <= self.quantise <= 16, "defense_quantise", self.quantise, "0, or 2 to 16 bits")
         require(0 <= self.noise < float("inf"), "defense_noise", self.noise, "a number of 0 or more")
         require(0 <= self.prune < 1, "defense_prune", self.prune, "a share in [0, 1)")
+
+
+ACCOUNTING = ("dp_sampling", "dp_steps", "dp_delta", "epsilon_nominal")
+"""Fields of `DefenseConfig` that only say what epsilon is counted: they change no update."""
 
 
 @dataclass(frozen=True)
@@ -302,10 +316,11 @@ class Config:
                 f"--client_local_batch={size} does not divide --batch_size={self.batch_size}: local steps have equal "
                 "numbers of sentences"
             )
-        if not self.known.lr and self.attack.searches and self.attack.distance not in ("cosine", "normalised"):
+        untold = [name for name in ("lr", "steps", "optimizer") if not getattr(self.known, name)]
+        if untold and self.attack.searches and self.attack.distance not in ("cosine", "normalised"):
             raise InputError(
-                f"--noknown_lr leaves the size of the gradient open, which --attack_distance={self.attack.distance} "
-                "compares; use --attack_distance=cosine or normalised"
+                f"--noknown_{untold[0]} leaves the size of the gradient open, which "
+                f"--attack_distance={self.attack.distance} compares; use --attack_distance=cosine or normalised"
             )
         if self.attack.init == "span" and not local.one_gradient(self.batch_size):
             raise InputError(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from grab_jax.leaves import unit
 from grab_jax.types import Update
 
 Defense = Callable[[Key[Array, ""], Update], Update]
@@ -32,12 +33,8 @@ def noise(deviation: float, *, normalised: bool = True) -> Defense:
         update is sent so. Otherwise the deviation is that of the gradient's own entries.
     """
 
-    def unit(value: Array) -> Array:
-        norm = jnp.linalg.norm(value)
-        return value / jnp.where(norm > 0, norm, 1)
-
     def apply(key: Key[Array, ""], update: Update) -> Update:
-        sent = {path: unit(value) for path, value in update.items()} if normalised else update
+        sent = unit(update) if normalised else update
         keys = dict(zip(sent, jax.random.split(key, len(sent)), strict=True))
         return {path: value + deviation * jax.random.normal(keys[path], value.shape) for path, value in sent.items()}
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from grab_jax import about, distances, local_training, matching, plan, run, views
 from grab_jax.attack_config import AttackConfig
+from grab_jax.attacks import programs
 from grab_jax.config import Config
 from grab_jax.span.scaling import bucket
 from grab_jax.types import Batch
@@ -158,8 +159,7 @@ def _score_once(session: run.Session):
     batch = max(session.batches, key=lambda b: b.batch.ids.size)
     config = session.config.attack
     problem = run.simulated(session, batch.index).problem
-    gradient, rows = local_training.matched(problem), batch.batch.ids.size
-    (observed,) = views.seen([gradient], rows, config.view, config.layers, problem.defended)
+    (observed,) = programs.observed([problem], config, batch.batch.ids.size)
     labels = jax.nn.one_hot(batch.batch.labels, session.loaded.model.num_labels)
     distance = distances.by_name(config.distance, config.l1)
     local, clip = local_training.repeated(problem), views.through(config.view, problem.defended).clip

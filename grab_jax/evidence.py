@@ -119,13 +119,22 @@ def why_untested(attacked: Sequence[Record]) -> str:
     missed = [record for record in attacked if blind(record)]
     if missed:
         total = sum(of(record).get("rank") or 0 for record in missed)
-        return (
-            f"None of the {total} input rows was found: the dropout rate, the weights or the embeddings assumed "
-            "are not the client's."
-        )
+        wrong = "the dropout rate, the weights or the embeddings assumed are not the client's"
+        hidden = next((said for record in missed if (said := _noise(of(record)))), None)
+        why = f"{hidden} hides them, unless {wrong}" if hidden else wrong
+        return f"None of the {total} input rows was found: {why}."
     reasons = list(dict.fromkeys(barred(record) or "" for record in attacked))
     more = "" if len(reasons) == 1 else f", and the like in {len(attacked)} batches"
     return f"{reasons[0][:1].upper()}{reasons[0][1:].rstrip('.')}{more}."
+
+
+def _noise(found: Record) -> str | None:
+    """What an update carries besides the client's own gradient, in words; None where nothing is known of it."""
+    if sigma := known(found.get("sigma")):
+        return f"noise of standard deviation {sigma:.2g}"
+    if (wire := found.get("wire") or "float32") != "float32":
+        return f"rounding to {wire}"
+    return "rounding" if known(found.get("noise")) else None
 
 
 def remarks(attacked: Sequence[Record]) -> list[str]:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grab_jax.kernels import residual_norms as kernel
+from grab_jax.types import Update
 
 
 class Outer(NamedTuple):
@@ -79,6 +80,12 @@ def through(leaf: Leaf, seen: Seen) -> tuple[Leaf, Part]:
     if not isinstance(seen, Unit):
         return leaf, seen
     return scale(leaf, 1 / (root(square_norm(leaf)) + 1e-12)), seen.seen
+
+
+def unit(update: Update) -> Update:
+    """Each tensor divided by its norm, if that is not zero."""
+    norms = {path: jnp.linalg.norm(value) for path, value in update.items()}
+    return {path: value / jnp.where(norms[path] > 0, norms[path], 1) for path, value in update.items()}
 
 
 def root(square: Float[Array, ""]) -> Float[Array, ""]:

@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from grab_jax import client, masks
-from grab_jax.types import Masks, Problem, Update
+from grab_jax.types import Defended, Masks, Problem, Update
 
 Optimizer = Literal["sgd", "adamw"]
 
@@ -56,6 +56,10 @@ class Local:
     def one_gradient(self, sentences: int) -> bool:
         """Whether the change is known to be one gradient times `-lr` (the first step of SGD has no momentum yet)."""
         return self.told and self.optimizer == "sgd" and self.steps(sentences) == 1
+
+    def signs_alone(self, sentences: int) -> bool:
+        """Whether the change is known to be one step of AdamW, which leaves little of a gradient but its signs."""
+        return self.told and self.optimizer == "adamw" and self.steps(sentences) == 1
 
 
 def fedavg(model: Any, local: Local, *, exact: bool = False) -> client.Simulate:
@@ -130,7 +134,7 @@ def repeated(problem: Problem) -> Local | None:
     """The local training that the attacker repeats; None where it takes the update for one gradient.
 
     Also of one step of AdamW: that is almost `-lr` times the gradient's signs, which do not change with a candidate but
-    by jumps, so that nothing could be learned through them. The gradient itself is compared with them instead.
+    by jumps, so that nothing could be learned through them. The gradient itself is compared with them (`left`).
     """
     local = problem.local
     return local if local is not None and local.told and several(problem) else None
@@ -143,10 +147,21 @@ def several(problem: Problem) -> bool:
 
 
 def matched(problem: Problem) -> Update:
-    """The observed update in the size of a gradient: what an attacker's own is compared with."""
+    """The observed update in the size of a gradient: what an attacker's own is compared with.
+
+    Tensors that the client divided by their norms have lost that size: they keep theirs, in a gradient's direction.
+    """
     if problem.local is None:
         return problem.observed
+    if problem.defended.normalised:
+        return {path: -value for path, value in problem.observed.items()}
     return as_gradient(problem.observed, problem.local, len(problem.known.ids))
+
+
+def left(problem: Problem) -> Defended:
+    """What the client's defense and its training left of a gradient, as far as the attacker is told."""
+    stepped = problem.local is not None and problem.local.signs_alone(len(problem.known.ids))
+    return problem.defended._replace(signs=problem.defended.signs or stepped)
 
 
 def repeat(model: Any, local: Local) -> client.Simulate:
@@ -174,8 +189,4 @@ def notes(local: Local | None) -> list[str]:
         return []
     names = {"lr": local.lr, "steps": local.epochs, "optimizer": local.optimizer}
     missing = [f"--noknown_{name}" for name, value in names.items() if value is None]
-    if missing:
-        return [f"the attacker takes the change of the weights for one gradient ({', '.join(missing)})"]
-    if local.optimizer == "adamw":
-        return ["AdamW's first step leaves little more than the gradient's signs, which --attack_view=signs compares"]
-    return []
+    return [f"the attacker takes the change of the weights for one gradient ({', '.join(missing)})"] if missing else []

@@ -74,8 +74,3 @@ def complete(
 ) -> Masks | None:
     """Masks of every site: as told, and elsewhere the keep rate, which changes no activation; None stays None."""
     return None if told is None else hold(relax(ones(sites, batch, length, epochs), sites, 1.0), told)
-
-
-def harden(masks: Masks, threshold: float = 0.5) -> Masks:
-    """Round relaxed masks to 0/1 at `threshold`."""
-    return {name: (mask >= threshold).astype(mask.dtype) for name, mask in masks.items()}

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from grab_jax.config import DefenseConfig
@@ -38,7 +39,10 @@ def epsilon(multiplier: float, *, sampling: float = 1.0, steps: int = 1, delta: 
 
     if multiplier == 0:
         return math.inf
-    exact = float(gaussian_mechanism.get_epsilon_gaussian(multiplier / math.sqrt(steps), delta))
+    try:
+        exact = float(gaussian_mechanism.get_epsilon_gaussian(multiplier / math.sqrt(steps), delta))
+    except RuntimeError:  # its bisection does not reach what hardly any noise needs
+        return math.inf
     step = dp_accounting.PoissonSampledDpEvent(sampling, dp_accounting.GaussianDpEvent(multiplier))
     renyi = rdp.RdpAccountant().compose(step, steps).get_epsilon(delta)
     return min(exact, float(renyi)) if math.isfinite(renyi) else exact
@@ -65,10 +69,12 @@ def measured(shares: Mapping[str, Float[Array, "b ..."]], sent: Update) -> Measu
 
 
 def together(found: Sequence[Measured]) -> Measured | None:
-    """Of several updates: the largest clip and the mean square of the noise; None for none."""
+    """Of several updates: the largest clip and the mean square of the noise, NaN if one is; None for none."""
     if not found:
         return None
-    return Measured(max(one.clip for one in found), math.sqrt(sum(one.deviation**2 for one in found) / len(found)))
+    return Measured(
+        float(np.max([one.clip for one in found])), math.sqrt(sum(one.deviation**2 for one in found) / len(found))
+    )
 
 
 def declared(said: DefenseConfig, examples: int) -> float | None:
@@ -83,10 +89,15 @@ def declared(said: DefenseConfig, examples: int) -> float | None:
 
 
 def account(said: DefenseConfig, examples: int, found: Measured | None) -> dict[str, Any] | None:
-    """Both epsilons and what they follow from, as plain data for `run.json`; None where privacy is not claimed."""
-    promised = declared(said, examples)
-    if promised is None and found is None and said.epsilon_nominal is None:
+    """Both epsilons and what they follow from, as plain data for `run.json`; None without noise, clip and claim.
+
+    `unmeasured` says why there is no measured one.
+    """
+    promised, noisy = declared(said, examples), said.noise > 0 or said.noise_multiplier > 0
+    if promised is None and found is None and said.epsilon_nominal is None and not noisy:
         return None
+    unmeasured = _unmeasured(said, examples, found)
+    found = None if unmeasured else found
     spent = {"sampling": said.dp_sampling, "steps": said.dp_steps, "delta": said.dp_delta}
     of = lambda multiplier: None if multiplier is None else epsilon(multiplier, **spent)  # noqa: E731
     return {
@@ -95,11 +106,24 @@ def account(said: DefenseConfig, examples: int, found: Measured | None) -> dict[
         "bounded": said.clip is not None or said.noise_on == "normalised",
         "noise_multiplier": promised,
         "epsilon": of(promised),
+        "unmeasured": unmeasured,
         "nominal": of(promised) if said.epsilon_nominal is None else said.epsilon_nominal,
         "measured": None
         if found is None
         else {**found._asdict(), "noise_multiplier": found.multiplier, "epsilon": of(found.multiplier)},
     }
+
+
+def _unmeasured(said: DefenseConfig, examples: int, found: Measured | None) -> str | None:
+    """Why clip and noise of the clients tell no epsilon, or None."""
+    if found is not None:
+        finite = math.isfinite(found.clip) and math.isfinite(found.deviation)
+        return None if finite else "a sentence's gradient or its noise is not finite"
+    if said.clip is None and not said.noise:
+        return "nothing bounds one sentence's share and hides it"
+    if examples > 1 and said.noise and said.noise_on == "normalised":
+        return "tensors are divided by norms that several sentences share"
+    return "local training leaves no share of the update that is one sentence's"
 
 
 def notes(accounted: Mapping[str, Any] | None) -> list[str]:
@@ -110,9 +134,7 @@ def notes(accounted: Mapping[str, Any] | None) -> list[str]:
     spent = f"delta {accounted['delta']:g}, sampling rate {accounted['sampling']:g}, {accounted['steps']} step(s)"
     if found is None:
         told = "" if nominal is None else f", so the nominal {_number(nominal)} cannot be checked"
-        return [
-            f"privacy: no epsilon follows from this defense{told}: nothing bounds one sentence's share and hides it"
-        ]
+        return [f"privacy: epsilon cannot be measured{told}: {accounted['unmeasured']}"]
     said = (
         f"privacy: epsilon {_number(found['epsilon'])} from what was measured (one sentence's share has a norm of at "
         f"most {found['clip']:.3g}, the noise a standard deviation of {found['deviation']:.3g} an entry)"

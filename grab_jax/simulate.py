@@ -108,8 +108,7 @@ def measure(
     shares = {path: share / count for path, share in each.items()}
     update = {path: share.sum(0) for path, share in shares.items()}
     if unit:
-        units = defenses.noise(0.0)(jax.random.key(0), update)
-        shares = {path: value[None] for path, value in units.items()}
+        shares = {path: value[None] for path, value in unit(update).items()}
     return privacy.measured(shares, defenses.chain(*noises)(_defense_key(key, batch), update))
 
 

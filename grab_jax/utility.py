@@ -23,7 +23,7 @@ from jaxtyping import Array, Key
 
 from grab_jax import about, data, metrics, models, simulate, tuning
 from grab_jax import folder as folders
-from grab_jax.config import Config
+from grab_jax.config import ACCOUNTING, Config
 from grab_jax.types import Batch, InputError
 
 FILE = "utility.json"
@@ -36,9 +36,10 @@ Flat = Mapping[str, Array]
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """What decides the result: two configs with equal settings share one training."""
+    """What decides the result: two configs with equal settings share one training, whatever epsilon they count."""
     named = ("model", "data", "batch_size", "client", "defense", "seed", "utility")
     values = dataclasses.asdict(config)
+    values["defense"] = {name: value for name, value in values["defense"].items() if name not in ACCOUNTING}
     return json.loads(json.dumps({"code": about.code_version(), **{name: values[name] for name in named}}))
 
 

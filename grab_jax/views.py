@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from grab_jax.leaves import LowRank, Pruned, Seen, Signs, Unit, has_direction, thin
+from grab_jax.leaves import LowRank, Pruned, Seen, Signs, Unit, has_direction, thin, unit
 from grab_jax.types import Defended, InputError, Update
 
 Name = Literal["auto", "all", "normalised", "unpruned", "signs"]
@@ -36,7 +36,7 @@ def seen(
     """
     chosen, defense = [only(update, layers) for update in updates], through(name, defended)
     if defense.normalised or defense.pruned or defense.signs:
-        return [_part(update, defense) for update in chosen]
+        return [_part(update, defense, sized=not defended.normalised) for update in chosen]
     return factored(chosen, rows)
 
 
@@ -51,9 +51,14 @@ def through(name: Name, defended: Defended) -> Defended:
     return Defended(normalised=name == "normalised", pruned=name == "unpruned", signs=name == "signs")
 
 
-def _part(observed: Update, defense: Defended) -> dict[str, Seen]:
-    """What the defense left of an update; rounding that was brought to a norm of 1 is left out."""
-    part = signs(observed) if defense.signs else unpruned(observed) if defense.pruned else observed
+def _part(update: Update, defense: Defended, *, sized: bool) -> dict[str, Seen]:
+    """What the defense left of an update; rounding that was brought to a norm of 1 is left out.
+
+    `sized`: the client itself did not normalise, so both sides are brought to a norm of 1 here.
+    """
+    if defense.normalised and sized:
+        update = unit(update)
+    part = signs(update) if defense.signs else unpruned(update) if defense.pruned else update
     if not defense.normalised:
         return dict(part)
     return {path: Unit(leaf) for path, leaf in part.items() if has_direction(path)}

@@ -64,3 +64,35 @@ def test_grab_that_starts_from_span_decoding_says_so():
     text = said("--attack_init=span")
     for part in ("knows the batch size", "first decodes", "holds the tokens and masks", "model is wide (384)"):
         assert part in text, text
+
+
+def test_span_decoding_of_adapters_uses_these_and_their_rank():
+    text = said("--attack=span", "--client_dropout=0", "--client_lora_rank=16")
+    assert "adapters only (of their B)" in text
+    assert "fewer tokens than the adapters' rank (16)" in text
+    assert "wide" not in text
+    assert "key and value" not in text
+    assert "needs a client without dropout, which" in said("--attack=span", "--client_lora_rank=16")
+    assert "as many tokens as the adapters' rank (16)" in said("--attack_init=span", "--client_lora_rank=16")
+
+
+def test_last_tokens_are_read_off_the_output_layer_where_it_is_trained():
+    causal = "--attack=span", "--model_task=causal_lm", "--client_frozen=none"
+    assert "gradient of the tied output layer" in said(*causal)
+    for other in (said(*causal[:2]), said(*causal, "--defense_clip=1"), said(causal[0], causal[2])):
+        assert "output layer" not in other, other
+
+
+def test_adapters_are_described_as_they_are_trained():
+    setting = lambda *args: " ".join(about.about(parse(*args), MODEL, 1, [], [])["setting"])  # noqa: E731
+    adapters = "--client_lora_rank=4", "--client_lora_dropout=0.1"
+    assert "adapters and the classification head trained (rank 4" in setting(*adapters)
+    assert ", dropout 0.1)" in setting(*adapters)
+    assert "dropout 0.1" not in setting(*adapters, "--client_dropout=0")
+    assert "head" not in setting("--attack=span", "--model_task=causal_lm", *adapters)
+
+
+@pytest.mark.parametrize(("view", "part"), [("auto", "which it compares"), ("all", "for a gradient, whose size")])
+def test_what_is_compared_of_one_step_of_adamw(view, part):
+    text = said("--client_algorithm=fedavg", "--client_optimizer=adamw", f"--attack_view={view}")
+    assert part in text, text

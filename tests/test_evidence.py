@@ -101,3 +101,17 @@ def test_widest():
     assert evidence.widest([span(evidence=proofs(rank=20)), span(evidence=proofs(rank=31))]) == (31, 384)
     assert evidence.widest([record()]) is None
     assert evidence.widest([span(evidence={"sentences": [], "rows": []})]) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({}, "the dropout rate"),
+        ({"sigma": 0.002}, "noise of standard deviation 0.002 hides them"),
+        ({"wire": "bfloat16"}, "rounding to bfloat16 hides them"),
+        ({"wire": "float32", "sigma": 0.0, "noise": 1e-3}, "rounding hides them"),
+    ],
+)
+def test_rows_hidden_by_noise_are_not_blamed_on_what_was_assumed(found, said):
+    why = evidence.why_untested([span(founds=[""], evidence=proofs((), rows=0, **found))])
+    assert f"was found: {said}" in why

@@ -9,13 +9,14 @@ import optax
 import pytest
 from span_client import VOCABULARY, WIDTH, random_model
 
-from grab_jax import client, distances, local_training, matching, simulate, tuning
+from grab_jax import client, defenses, distances, local_training, matching, simulate, tuning
 from grab_jax.attack_config import AttackConfig
-from grab_jax.attacks import grab, span, span_evaluation
+from grab_jax.attacks import grab, programs, span, span_evaluation
 from grab_jax.config import ClientConfig, Config, KnownConfig
 from grab_jax.data import ClientBatch, Sentence
+from grab_jax.leaves import Unit
 from grab_jax.local_training import Local
-from grab_jax.types import Batch, Candidate, InputError
+from grab_jax.types import Batch, Candidate, Defended, InputError, Known, Problem
 
 IDS = jnp.array([[2, 10, 20, 30, 3, 0], [2, 15, 25, 3, 0, 0]], jnp.int32)
 REAL = IDS != 0
@@ -102,6 +103,42 @@ def test_local_training_is_the_plain_loop(tiny, gradient, local):
     other = sent(tiny, local, {name: mask[:, ::-1] for name, mask in tiny[3].items()})
     away = max(float(jnp.abs(found[p] - other[p]).max() / jnp.abs(found[p]).max()) for p in expected)
     assert away > 0.05  # each epoch has its own masks
+
+
+@pytest.mark.parametrize(
+    "local",
+    [Local(lr=0.1), pytest.param(Local(epochs=2, lr=0.05), marks=pytest.mark.long)],
+    ids=["one step", "two steps"],
+)
+def test_an_update_divided_by_its_norms_is_matched_in_that_size(tiny, local):
+    """The change's own size is gone with its norm: the learning rate says nothing of it any more."""
+    model, trainable, frozen, masks = tiny
+    mine = {name: mask[:, : local.epochs] for name, mask in masks.items()}
+    change = sent(tiny, local, mine, exact=True)
+    sent_ = defenses.noise(1e-9)(jax.random.key(0), change)
+    known = Known(REAL, IDS, REAL, ~REAL, LABELS, None)
+    problem = Problem(
+        model, trainable, frozen, sent_, known, VOCABULARY["bert"], True, True, local=local,
+        defended=Defended(normalised=True),
+    )  # fmt: skip
+    own = local_training.as_gradient(change, local, 2)
+    (seen,) = programs.observed([problem], AttackConfig(), IDS.size)
+    size = distances.l2(own, {path: Unit(jnp.zeros_like(leaf.seen)) for path, leaf in seen.items()})
+    assert distances.l2(own, seen) < 1e-3 * size
+
+
+def test_one_step_of_adamw_is_compared_by_its_signs(tiny, gradient):
+    """A true gradient has almost no wrong sign, while it is nothing like the change itself."""
+    _, trainable, frozen, _ = tiny
+    truth = simulated(tiny, algorithm="fedavg", optimizer="adamw", lr=0.01)
+    own = gradient(trainable, frozen, IDS, REAL, LABELS, truth.masks)
+    away = {}
+    for view in ("auto", "all"):
+        (seen,) = programs.observed([truth.problem], AttackConfig(view=view), IDS.size)
+        away[view] = distances.l2_l1(own, seen)
+    assert away["auto"] < 0.05 * away["all"]
+    several = simulated(tiny, algorithm="fedavg", optimizer="adamw", lr=0.01, epochs=2)
+    assert not local_training.left(several.problem).signs  # its training is repeated
 
 
 def batch_of(ids):
@@ -223,11 +260,34 @@ def test_span_decoding_of_adamw_is_not_testable():
     [
         ({"client": ClientConfig(algorithm="fedavg", local_batch=2)}, "--client_local_batch=2 does not divide"),
         ({"client": ClientConfig(algorithm="fedavg"), "known": KnownConfig(lr=False)}, "--noknown_lr leaves the size"),
+        (
+            {"client": ClientConfig(algorithm="fedavg"), "known": KnownConfig(steps=False)},
+            "--noknown_steps leaves the size",
+        ),
+        (
+            {"client": ClientConfig(algorithm="fedavg"), "known": KnownConfig(optimizer=False)},
+            "--noknown_optimizer leaves the size",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, said):
     with pytest.raises(InputError, match=said):
         Config(batch_size=3, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"algorithm": "fedavg", "optimizer": "adamw", "momentum": 0.9}, "--client_momentum=0.9 needs .*sgd"),
+        ({"algorithm": "fedavg", "weight_decay": 0.1}, "--client_weight_decay=0.1 needs .*adamw"),
+        ({"lora_alpha": 4.0}, "--client_lora_alpha=4.0 needs --client_lora_rank"),
+        ({"lora_targets": "query", "lora_from": "folder"}, "--client_lora_targets=query needs --client_lora_rank"),
+        ({"lora_dropout": 0.1, "lora_from": "folder"}, "--client_lora_dropout=0.1 needs --client_lora_rank"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(settings, said):
+    with pytest.raises(InputError, match=said):
+        ClientConfig(**settings)
 
 
 def test_local_training_needs_fedavg():

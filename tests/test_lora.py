@@ -134,7 +134,13 @@ def test_a_folder_comes_back_as_it_was_written(made, tmp_path):
         if not path.endswith("lora_scale"):
             np.testing.assert_array_equal(back[path], value, err_msg=path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    for change, said in [({"use_dora": True}, "use_dora=True"), ({"peft_type": "IA3"}, "type IA3")]:
+    for change, said in [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"peft_type": "IA3"}, "type IA3"),
+        ({"r": 0}, "r=0 should be 1 or more"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan should be a positive number"),
+        ({"lora_dropout": 1.5}, "lora_dropout=1.5 should be a rate"),
+    ]:
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(InputError, match=said):
             peft.read_config(str(tmp_path))

@@ -106,11 +106,9 @@ def test_relax_moves_from_the_draw_to_the_keep_rate(amount):
         np.testing.assert_array_equal(masks.relax(drawn, SITES)["attention"], drawn["attention"])
 
 
-def test_project_clips_and_harden_rounds():
+def test_project_clips():
     relaxed = {"a": jnp.array([[-0.5, 0.0, 0.49, 0.5, 0.7, 1.5]])}
     np.testing.assert_allclose(masks.project(relaxed)["a"], [[0, 0, 0.49, 0.5, 0.7, 1]], rtol=1e-6)
-    np.testing.assert_array_equal(masks.harden(relaxed)["a"], [[0, 0, 0, 1, 1, 1]])
-    np.testing.assert_array_equal(masks.harden(relaxed, 0.6)["a"], [[0, 0, 0, 0, 1, 1]])
     assert masks.project(None) is None
 
 

@@ -45,6 +45,8 @@ def test_epsilon_at_the_ends():
     assert privacy.epsilon(1e-4) == pytest.approx(5e7, rel=0.01)  # 1 / (2 multiplier^2) and a little
     assert privacy.epsilon(1e-4, sampling=0.5) <= privacy.epsilon(1e-4)
     assert 0 <= privacy.epsilon(1e6) < 1e-4
+    assert privacy.epsilon(1e-200) == math.inf  # dp-accounting gives up
+    assert privacy.epsilon(math.inf) == 0
 
 
 def test_clip_and_noise_are_measured():
@@ -68,6 +70,9 @@ def test_noise_on_the_mean_counts_as_declared_too():
     assert privacy.declared(DefenseConfig(noise=0.3, clip=1.0, noise_multiplier=2.0), 1) == 2
 
 
+WELL = Measured(1.0, 1.0)
+
+
 def said(found, **given):
     return privacy.notes(privacy.account(DefenseConfig(**given), 1, found))
 
@@ -88,6 +93,31 @@ def test_the_nominal_epsilon_stands_beside_the_measured_one():
     assert "these sentences only" in said(Measured(1.0, 0.1), noise=0.1, noise_on="raw")[1]
     assert len(said(Measured(1.0, 0.1), noise=0.1)) == 1  # a normalised tensor has a norm of 1
     assert "nominal 8 cannot be checked" in said(None, epsilon_nominal=8.0)[0]
+
+
+@pytest.mark.parametrize("broken", [Measured(math.nan, 1.0), Measured(1.0, math.nan), Measured(math.inf, 1.0)])
+def test_what_is_not_finite_is_not_measured(broken):
+    """Of several clients one is enough, in any order."""
+    for found in (broken, *(privacy.together(pair) for pair in ((broken, WELL), (WELL, broken)))):
+        account = privacy.account(DefenseConfig(clip=1.0, noise_multiplier=1.0), 1, found)
+        assert account["measured"] is None
+        (line,) = privacy.notes(account)
+        assert "cannot be measured" in line
+        assert "not finite" in line
+
+
+@pytest.mark.parametrize(
+    ("given", "examples", "why"),
+    [
+        ({"noise": 0.1}, 2, "norms that several sentences share"),
+        ({"noise": 0.1}, 1, "local training"),
+        ({"noise": 0.1, "noise_on": "raw"}, 2, "local training"),
+    ],
+)
+def test_noise_without_an_epsilon_is_not_passed_over(given, examples, why):
+    (line,) = privacy.notes(privacy.account(DefenseConfig(**given), examples, None))
+    assert line.startswith("privacy: epsilon cannot be measured: ")
+    assert why in line
 
 
 def clients(defense, words=(3, 4)):

@@ -10,8 +10,9 @@ from span_client import FAMILIES, client
 from test_span_attack import certified, drawn, solve
 
 from grab_jax.attack_config import AttackConfig
-from grab_jax.attacks import dager
+from grab_jax.attacks import dager, span
 from grab_jax.config import DefenseConfig
+from grab_jax.local_training import Local
 from grab_jax.span import noise, subspace
 
 CLIP = 1e-3
@@ -80,3 +81,36 @@ def test_the_last_token_of_a_clipped_causal_client_is_not_read():
     said = {"task": "causal_lm", "frozen": "none", "defense": DefenseConfig(clip=CLIP)}
     (result,) = solve(client("gpt2", drawn("gpt2", (5, 4)), **said).problem)
     assert [proof["last"] for proof in result.evidence["sentences"]] == ["unknown"] * 2
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "said"),
+    [
+        ("bert", (5,), DefenseConfig(noise=1e-6)),  # its tensors are brought to one size each, first
+        ("gpt2", (3, 6, 4), DefenseConfig(quantise=12)),
+        pytest.param("gpt2", (3, 6, 4), DefenseConfig(noise=1e-4), marks=pytest.mark.long),
+        pytest.param("bert", (5,), DefenseConfig(quantise=12), marks=pytest.mark.long),
+    ],
+)
+def test_decoded_rows_under_noise_make_sentences_that_nothing_proves(family, words, said):
+    """Without dropout and without a second layer that judges, the equations hold up to the noise only."""
+    sentences = drawn(family, words, seed=7)
+    (result,) = solve(client(family, sentences, dropout=False, defense=said).problem)
+    found = [tuple(ids[sure > 0].tolist()) for ids, sure in zip(result.ids, result.confidence, strict=True)]
+    assert Counter(found) == Counter(sentences)
+    assert not certified(result)
+
+
+def test_noise_on_tensors_of_one_size_leaves_the_equations_to_rounding():
+    """The key gradient's own norm is read off the rows: without it the residual is 0.02."""
+    (result,) = solve(
+        client("bert", drawn("bert", (5,), seed=7), dropout=False, defense=DefenseConfig(noise=1e-6)).problem
+    )
+    assert result.loss < 1e-4
+
+
+def test_an_optimizer_that_is_not_told_may_be_why_there_is_no_low_rank():
+    full = subspace.spectrum([np.random.default_rng(0).normal(size=(8, 24))])
+    blind = Local(optimizer=None, momentum=None, weight_decay=None)
+    assert "optimizer, which was not told" in span.not_testable(full, 8, local=blind)
+    assert "optimizer" not in span.not_testable(full, 8, local=Local())

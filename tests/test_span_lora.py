@@ -7,7 +7,8 @@ from span_client import FAMILIES, client, sentence
 from grab_jax import evidence, run
 from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import span, span_lora
-from grab_jax.config import ClientConfig, Config
+from grab_jax.config import ClientConfig, Config, DefenseConfig
+from grab_jax.local_training import Local
 from grab_jax.models import first_attention
 from grab_jax.models.lora import Lora
 
@@ -102,3 +103,23 @@ def test_factors_that_tell_nothing_are_not_testable(settings, said):
     _, result = sent(**settings)
     assert result.evidence["not_testable"].startswith("not testable by span decoding")
     assert said in result.evidence["not_testable"]
+
+
+@pytest.mark.parametrize(
+    ("defense", "rank", "said"),
+    [
+        ({"noise": 0.01}, 16, "tokens, or noise, take 16 of its dimensions"),
+        ({"sign": True}, 16, "signs alone have no low rank"),
+        ({"prune": 0.5}, 16, "of the entries are missing"),
+        ({"quantise": 8}, 7, "tokens, or rounding to 255 levels, take"),
+    ],
+)
+def test_a_defense_of_factors_is_not_taken_for_more_tokens(defense, rank, said):
+    _, result = sent(adapters=Lora(rank=rank, alpha=32.0), defense=DefenseConfig(**defense))
+    assert said in result.evidence["not_testable"]
+
+
+def test_factors_of_an_optimizer_that_is_not_told_are_not_read():
+    truth, _ = sent()
+    blind = truth.problem._replace(local=Local(optimizer=None, momentum=None, weight_decay=None))
+    assert "one step of SGD only" in span_lora.reason(blind, span_lora.factors(blind))

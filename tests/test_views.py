@@ -9,9 +9,11 @@ import pytest
 import span_client
 
 from grab_jax import client, distances, leaves, matching, simulate, tuning, views
+from grab_jax.attack_config import AttackConfig
+from grab_jax.attacks import programs
 from grab_jax.config import Config, DefenseConfig
 from grab_jax.leaves import Outer, Pruned, Signs, Unit
-from grab_jax.types import Candidate, Defended
+from grab_jax.types import Candidate, Defended, InputError
 
 CLIP = 0.02
 DEFENSES = {
@@ -126,3 +128,31 @@ def test_a_unit_leaf_by_hand():
         np.testing.assert_allclose(leaves.residual_norms(ours, theirs), (0.01, 0.1), rtol=1e-4)
     slope = jax.grad(lambda a: leaves.residual_norms(*leaves.through(a, Unit(jnp.ones(2))))[0])(jnp.zeros(2))
     assert np.isfinite(slope).all()
+
+
+def test_a_view_of_norms_brings_both_sides_to_one_unless_the_client_did():
+    """A true gradient is at distance 0 of a client that sent it as it is; noise after the division stays."""
+    true = {"query/kernel": jnp.array([[3.0, 4.0]])}
+    (seen,) = views.seen([true], 4, "normalised")
+    assert distances.l2_l1(true, seen) < 1e-6
+    (seen,) = views.seen([true], 4, "normalised", "", Defended(normalised=True))
+    np.testing.assert_array_equal(seen["query/kernel"].seen, true["query/kernel"])
+
+
+@pytest.mark.parametrize(
+    ("layers", "distance", "view"),
+    [
+        ("key/bias", "cosine", "auto"),
+        ("key/bias", "normalised", "all"),
+        ("key/bias", "l2", "normalised"),
+        ("word_embeddings", "l2", "auto"),
+    ],
+)
+def test_an_attack_without_a_tensor_to_match_is_refused(truth, layers, distance, view):
+    with pytest.raises(InputError, match=f"--attack_layers={layers} leaves nothing to match"):
+        programs.observed([truth.problem], AttackConfig(layers=layers, distance=distance, view=view), 16)
+
+
+def test_key_biases_alone_are_matched_by_their_size(truth):
+    (seen,) = programs.observed([truth.problem], AttackConfig(layers="key/bias", distance="l2"), 16)
+    assert all(path.endswith("key/bias") for path in seen)

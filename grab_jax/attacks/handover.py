@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from grab_jax import distances, local_training, masks, matching, views
+from grab_jax import distances, masks, matching, views
 from grab_jax.attack_config import AttackConfig
-from grab_jax.attacks import span
+from grab_jax.attacks import programs, span
 from grab_jax.attacks.seating import Seats, seat
 from grab_jax.attacks.span_evaluation import SPARE, Found
 from grab_jax.attacks.state import OnSegment, State
@@ -103,8 +103,7 @@ def _explains(problem: Problem, found: Found, sure: Sequence[bool], config: Atta
     """The distance of the update that the sentences have in some order, open positions empty."""
     clip = views.through(config.view, problem.defended).clip
     objective = _objective(problem.model, config.distance, config.l1, problem.vocabulary.pad, clip)
-    rows, observed = problem.known.ids.size, local_training.matched(problem)
-    (seen,) = views.seen([observed], rows, config.view, config.layers, problem.defended)
+    (seen,) = programs.observed([problem], config, problem.known.ids.size)
 
     def score(seats: Seats) -> float:
         known = held(problem, found, sure, seats)

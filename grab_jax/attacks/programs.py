@@ -21,10 +21,10 @@ from jaxtyping import Array, Bool, Float
 from grab_jax import distances, local_training, masks, matching, models, views
 from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import lamp, prior
-from grab_jax.leaves import Seen
+from grab_jax.leaves import Seen, has_direction
 from grab_jax.local_training import Local
 from grab_jax.search import descent, starts, vocabulary
-from grab_jax.types import Candidate, Known, Params, Problem, Vocabulary
+from grab_jax.types import Candidate, InputError, Known, Params, Problem, Vocabulary
 
 CHUNK = 64
 """Candidates scored at once where the settings do not say."""
@@ -84,16 +84,39 @@ def mesh_for(batches: int, restarts: int = 1) -> Mesh:
 
 def stack(problems: Sequence[Problem], config: AttackConfig, mesh: Mesh, judge: prior.Prior | None = None) -> Shared:
     """Put problems of one shape side by side on the mesh, the last one repeated to fill it; weights are replicated."""
-    observed = [local_training.matched(problem) for problem in problems]
-    seen = views.seen(observed, _rows(problems[0]), config.view, config.layers, problems[0].defended)
+    seen = observed(problems, config, _rows(problems[0]))
     missing = -len(problems) % mesh.shape["k"]
     together = lambda *leaves: jnp.stack([*leaves, *leaves[-1:] * missing])  # noqa: E731
-    observed = jax.tree.map(together, *seen)
+    matched = jax.tree.map(together, *seen)
     known = jax.tree.map(together, *[p.known for p in problems])
     whole, split = NamedSharding(mesh, _WHOLE), NamedSharding(mesh, _SPLIT)
     words = judge and judge.params, allowed(problems[0], config)
     weights, words = jax.device_put(((dict(problems[0].trainable), dict(problems[0].frozen)), words), whole)
-    return Shared(*weights, *jax.device_put((observed, known), split), *words)
+    return Shared(*weights, *jax.device_put((matched, known), split), *words)
+
+
+def observed(problems: Sequence[Problem], config: AttackConfig, rows: int) -> list[dict[str, Seen]]:
+    """What an attack by gradient matching compares with, of client batches of one model.
+
+    Args:
+      problems: the client batches.
+      config: names the view, the tensors and the distance.
+      rows: as in `views.factored`.
+
+    Raises:
+      InputError: the tensors chosen leave nothing to match.
+    """
+    updates, defended = [local_training.matched(problem) for problem in problems], local_training.left(problems[0])
+    found = views.seen(updates, rows, config.view, config.layers, defended)
+    directed = config.distance in ("cosine", "normalised")
+    table = problems[0].model.word_table
+    if all(path == table or (directed and not has_direction(path)) for path in found[0]):
+        raise InputError(
+            f"--attack_layers={config.layers} leaves nothing to match through --attack_view={config.view} and "
+            f"--attack_distance={config.distance}: key biases have no direction, and embeddings do not touch the word "
+            "table; match other tensors as well"
+        )
+    return found
 
 
 def _rows(problem: Problem) -> int:

@@ -159,7 +159,9 @@ def not_testable(
         share = f"{100 * found.missing:.0f} % of its entries are missing or rounded to zero"
         return f"not testable by {method}: the first attention layer's gradient has no low rank, as {share}"
     if found.rank >= width:
-        return f"not testable by {method}: {found.rank} tokens or more >= width {width}"
+        untold = local is not None and local.optimizer is None
+        other = ", or an optimizer, which was not told, that rescales every entry" if untold else ""
+        return f"not testable by {method}: {found.rank} tokens or more >= width {width}{other}"
     if found.rank == 0:
         what = "all noise" if found.sigma else "zero or not finite"
         return f"not testable by {method}: the first attention layer's gradient is {what}"
@@ -305,5 +307,6 @@ def _evidence(found: subspace.Spectrum, problem: Problem) -> dict[str, Any]:
         "floor": found.floor,
         "wire": found.wire,
         "sigma": found.sigma,
+        "noise": found.noise,
         "spectrum": [float(v) for v in found.values],
     }

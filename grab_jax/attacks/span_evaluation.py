@@ -7,7 +7,7 @@ assembled by the first layer's equations; then, where the second layer's gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -27,10 +27,13 @@ SPARE = 32
 """Dimensions that the second layer's gradient must leave free: then no wrong sentence lies in its span by chance."""
 BLURRED = 0.03
 """Noise of the second layer's span from which it judges no more: wrong sentences are away by 0.14 or more."""
-DRIFTS = ((1e-3, 5e-3), (1e-2, 5e-2), (5e-2, 0.2))
-"""Residuals of null vectors and of whole sentences, looser by turns, where queries and keys moved between steps."""
+LOOSER = ((1e-3, 5e-3), (1e-2, 5e-2), (5e-2, 0.2))
+"""Residuals of null vectors and of whole sentences, looser by turns, where the update is noisy or weights moved."""
 UNSURE = 0.9
 """Certificates of rows that others could replace stay below this."""
+
+Sentences = dict[tuple[int, ...], float]
+"""The tokens of sentences found, and their residuals."""
 
 
 class Found(NamedTuple):
@@ -92,9 +95,11 @@ def solve(
         return Found([], [])
     second = judge(problem, len(likely))
     # The search that follows does better than a patient assembly.
-    found = _assembled(problem, first, gradients, likely, patience=4 if second is None else 0)
-    if local_training.several(problem):
-        found = _drifted(problem, first, gradients, likely, found)
+    assembled = partial(_assembled, problem, first, gradients, likely, rescaled=bool(space.sigma))
+    found = assembled(patience=4 if second is None else 0)
+    inexact = bool(space.noise) or local_training.several(problem)
+    if inexact and second is None:
+        found = _loosened(problem.vocabulary, likely, found, assembled)
     complete, notes = False, ()
     if second is not None:
         whole = max(whole, 1.2 * second.noise)
@@ -105,6 +110,8 @@ def solve(
         complete, found = search.complete, search.found
         # A weak token may hide a true sentence from the second layer: shown, and not certified.
         found = found if complete else {**found, **refuted}
+        if inexact and not found:
+            found = _loosened(problem.vocabulary, likely, found, assembled)
         notes = ("the search for sentences stopped at its budget",) if search.spent and not complete else ()
     # Under noise a wrong sentence may be as near to the span as the right one: found, and not proven.
     proof = 0.0 if space.noise or (second is not None and second.noise) else whole
@@ -137,29 +144,43 @@ def second_layer(problem: Problem) -> context.Second:
 
 
 def _assembled(
-    problem: Problem, first: FirstAttention, gradients, likely: Sequence[members.Member], **limits
-) -> dict[tuple[int, ...], float]:
-    """Sentences whose equations hold within the limits of `assemble_merged`, with their residuals."""
+    problem: Problem, first: FirstAttention, gradients, likely: Sequence[members.Member], *, rescaled: bool, **limits
+) -> Sentences:
+    """Sentences whose equations hold within the limits of `assemble_merged`, with their residuals.
+
+    `rescaled` allows for tensors that were brought to one size each, before noise was added to them.
+    """
     inputs = np.stack([member.values for member in likely])
     heads = problem.model.config.num_attention_heads
-    equations = assemble.projections(inputs, gradients, first.query, first.key, heads)
+    projected = assemble.projections(inputs, gradients, first.query, first.key, heads)
+    if rescaled:
+        scale = assemble.key_scale(projected)
+        projected = projected._replace(key_cotangent=scale * projected.key_cotangent)
     positions = np.array([member.position for member in likely])
     tokens = np.array([member.token for member in likely])
     ends = {"cls": problem.vocabulary.cls, "sep": problem.vocabulary.sep}
-    sentences = assemble_merged(equations, positions, tokens, **limits, **ends)
+    sentences = assemble_merged(projected, positions, tokens, **limits, **ends)
     return {tuple(likely[i].token for i in sentence.rows): sentence.residual for sentence in sentences}
 
 
-def _drifted(
-    problem: Problem, first: FirstAttention, gradients, likely: Sequence[members.Member], found: dict
-) -> dict[tuple[int, ...], float]:
-    """Sentences whose equations hold but for what moved between steps, until all rows belong to one."""
+def _loosened(
+    vocabulary: Vocabulary,
+    likely: Sequence[members.Member],
+    found: Sentences,
+    assembled: Callable[..., Sentences],
+) -> Sentences:
+    """Sentences whose equations hold but for noise, or for what moved between steps, until all rows belong to one.
+
+    None of them is proven: looser equations hold for wrong ones, too.
+    """
     pairs = {member[:2] for member in likely}
-    for null, largest in DRIFTS:
-        if {pair for ids in found for pair in enumerate(ids)} >= pairs:
+    explained = lambda found: len({pair for ids in found for pair in enumerate(ids)})  # noqa: E731
+    for null, whole in LOOSER:
+        if explained(found) == len(pairs):
             return found
-        found = _assembled(problem, first, gradients, likely, patience=4, null=null, whole=largest) or found
-    return found or dict.fromkeys(only_sentence(pairs, problem.vocabulary), 1.0)
+        found = max(found, assembled(patience=4, null=null, whole=whole), key=explained)
+    alone = dict.fromkeys(only_sentence(pairs, vocabulary), 1.0)
+    return max(found, alone, key=explained)
 
 
 def only_sentence(pairs: set[tuple[int, int]], vocabulary: Vocabulary) -> list[tuple[int, ...]]:
@@ -186,7 +207,7 @@ def _choices(near: Iterable[members.Member]) -> dict[int, list[int]]:
     return found
 
 
-def _listed(near, likely, found: dict[tuple[int, ...], float], proof: float, complete: bool):
+def _listed(near, likely, found: Sentences, proof: float, complete: bool):
     """Rows and sentences as lists: the rows of sentences, then, unless these are all, the other likely ones.
 
     A sentence with a residual below `proof` is proven.

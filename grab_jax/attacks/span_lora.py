@@ -16,10 +16,11 @@ import numpy as np
 from jaxtyping import Float
 
 from grab_jax import local_training
-from grab_jax.attacks.span_evaluation import UNSURE, Found, only_sentence
+from grab_jax.attacks.span_evaluation import UNSURE, Found, blocks_rounding, only_sentence
 from grab_jax.models import first_attention
 from grab_jax.span import attended, members, pursuit, subspace
 from grab_jax.span.assemble import Sentence
+from grab_jax.span.completion import PRUNED
 from grab_jax.span.inputs import FirstAttention
 from grab_jax.span.members import Member
 from grab_jax.span.rows import Row
@@ -76,14 +77,32 @@ def reason(problem: Problem, found: Factors) -> str | None:
     """Why these factors tell nothing, or None."""
     if problem.dropout:
         return "under dropout every projection has a mask of its own, which a few numbers do not determine"
-    if local_training.several(problem) or (problem.local is not None and problem.local.optimizer == "adamw"):
+    if local_training.several(problem) or (problem.local is not None and problem.local.optimizer != "sgd"):
         return "LoRA factors are read from one step of SGD only"
     if found.rank == 0:
         return "the gradient of the first attention layer's adapters is zero or not finite"
+    if any(one.wire == subspace.SIGNS for one in found.spectra):
+        return "the entries of the adapters' gradients are of one size, and signs alone have no low rank"
     rank = found.a[0].shape[1]
-    if sum(rank - one.rank for one in found.spectra) < CONDITIONS:
-        return f"adapters of rank {rank} hold the batch's tokens only while these are fewer, and here they are not"
-    return None
+    if sum(rank - one.rank for one in found.spectra) >= CONDITIONS:
+        return None
+    blur, missing = _blur(problem, found), max(one.missing for one in found.spectra)
+    if missing > PRUNED and not blur.endswith(("levels", "int8")):  # which round small entries to zero
+        share = f"{100 * missing:.0f} % of the entries are missing or rounded to zero"
+        return f"{share}, so the adapters' gradients have no low rank"
+    return (
+        f"adapters of rank {rank} hold the batch's tokens only while these are fewer, and here tokens, or "
+        f"{blur}, take {found.rank} of its dimensions"
+    )
+
+
+def _blur(problem: Problem, found: Factors) -> str:
+    """What may take dimensions as tokens do: few singular values do not tell noise from them, but rounding shows."""
+    paths = [path for path in problem.observed if path.endswith("/lora_b")]
+    if any(blocks_rounding(problem, [path]) is not None for path in paths):
+        return "rounding to int8"
+    coarse = sorted({one.wire for one in found.spectra} - {"float32"})
+    return f"rounding to {coarse[0]}" if coarse else "noise"
 
 
 def solve(

@@ -70,6 +70,13 @@ def read_config(folder: str) -> Lora:
         raise InputError(f"{path} is not a readable LoRA config ({error})") from error
     if kind != "LORA":
         raise InputError(f"{path}: adapters of type {kind} are not supported; supported: LORA")
+    for name, value, fits, needed in (
+        ("r", found.rank, found.rank >= 1, "1 or more"),
+        ("lora_alpha", found.alpha, 0 < found.alpha < float("inf"), "a positive number"),
+        ("lora_dropout", found.dropout, 0 <= found.dropout < 1, "a rate in [0, 1)"),
+    ):
+        if not fits:
+            raise InputError(f"{path}: {name}={value:g} should be {needed}; save the adapter again")
     for name, plain in _PLAIN.items():
         if said.get(name, plain) not in (plain, None):
             raise InputError(f"{path}: {name}={said[name]!r} is not supported; supported: {plain!r}")
