@@ -29,8 +29,8 @@ SMALL_SCRIPTS = {
     "as_bfloat16.py": SMALL + " --run_dir={tmp}/run",
     "bench_batching.py": "--model=builtin:bert-mini --together=2 --length=8 --steps=2 --repeats=1",
     "bench_matching.py": "--sizes=tiny --lengths=8 --restarts=1 --repeats=1",
-    "bench_throughput.py": """--num_batches=2 --together=2 --settings='--attack_rounds=1 --attack_steps=10
-        --attack_candidates=4 --attack_permutations=4 --attack_sweeps=1'""",
+    "bench_throughput.py": """--num_batches=2 --together=2 --attacks=grab --settings='--attack_rounds=1
+        --attack_steps=10 --attack_candidates=4 --attack_permutations=4 --attack_sweeps=1'""",
     "compare.py": "--a={run} --b={run}",
     "span_aggregation.py": "--clients=2 --size=1",
     "span_decoys.py": "--problems=2 --sizes=1 --out={tmp}/decoys.jsonl",

@@ -136,8 +136,12 @@ def test_processes_are_asked_to_stop_once_and_no_other_begins(teller, tmp_path, 
     python = teller("python")
     python.write_text(STOPPABLE.format(python=sys.executable, place=tmp_path))
     command = [str(ROOT / "launch" / "sweep.sh"), "--processes=2", *files, "--", "--run_dir=r"]
-    pipe = {"stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, env=os.environ | {"PYTHON": str(python)}, start_new_session=True, **pipe)
+    # A shell starts what is in the background with SIGINT ignored, which bash passes on and traps cannot undo.
+    terminal = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    pipe = {"stdout": subprocess.PIPE, "text": True, "env": os.environ | {"PYTHON": str(python)}}
+    process = subprocess.Popen([sys.executable, "-c", terminal, *command], start_new_session=True, **pipe)
     begun = lambda: [int(path.stem) for path in tmp_path.glob("*.begun")]  # noqa: E731
     try:
         wait(lambda: len(begun()) == 2)

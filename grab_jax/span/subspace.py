@@ -17,7 +17,8 @@ from grab_jax.span import noise
 
 SPARE = 32
 """Singular values that the noise alone must explain before it counts as noise."""
-
+VAGUE = 20.0
+"""Floors up to which values behind the largest gap are rounding in float32."""
 
 SIGNS = "signs"
 """The precision of an update whose entries are all of one size."""
@@ -55,13 +56,15 @@ class Spectrum(NamedTuple):
     def widened(self, columns: int) -> tuple[Float[np.ndarray, "d c"], Float[np.ndarray, " c"]]:
         """The first `columns` singular vectors, and how far noise moves each at most (Wedin 1972, to first order).
 
-        That is the noise's largest singular value over the vector's own: a unit vector x of the span looks away from
-        `basis` by `||bounds * (basis.T @ x)||` at most. Vectors below the floor are taken as they are, with bound 0.
+        That is the noise's largest singular value, as expected or as it shows behind the rank, over the vector's own: a
+        unit vector x of the span looks away from `basis` by `||bounds * (basis.T @ x)||` at most. Vectors below the
+        floor are taken as they are, with bound 0.
         """
         basis = self.basis if self.rest is None else np.concatenate([self.basis, self.rest], axis=1)
         bounds = np.zeros(min(columns, basis.shape[1]))
         own = min(self.rank, len(bounds))
-        bounds[:own] = self.floor / self.values[:own]
+        behind = float(self.values[self.rank]) if self.rank < len(self.values) else 0.0
+        bounds[:own] = max(self.floor, min(behind, VAGUE * self.floor)) / self.values[:own]
         return basis[:, : len(bounds)], bounds
 
 
@@ -93,7 +96,7 @@ def spectrum(
         return Spectrum(np.zeros(d), 0.0, 0, 0.0, 0, *(np.zeros((d, 0)),) * 2, np.zeros(len(alive)))
     stacked = stacked[:, alive]
     wire, deviation = _rounding(gradients, stacked, alive)
-    vague = np.inf if drifting else 20.0 if wire == "float32" and rounded is None else 1.0
+    vague = np.inf if drifting else VAGUE if wire == "float32" and rounded is None else 1.0
     if rounded is not None:
         deviation = np.hypot(deviation, rounded[:, alive])
     found = _above(stacked, deviation, vague, vectors)
