@@ -37,7 +37,7 @@ parity: $(VENV)/installed  ## live comparison with PyTorch and with real MiniLM 
 
 long: $(VENV)/installed  ## checks of minutes: every documented command, kill and resume, Slurm where it is installed
 	$(BIN)/python -m pip install --quiet --editable '.[trackers]'
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m long -rs
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m long -rs
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -252,7 +252,7 @@ def start(xla, args, process=0, count=1):
 
 def ended(processes):
     """What each said, after all ended well."""
-    said = [process.communicate(timeout=900)[0] for process in processes]
+    said = [process.communicate(timeout=1800)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), said
     return said
 
