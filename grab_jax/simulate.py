@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from grab_jax import client, defenses, local_training, masks, privacy
+from grab_jax import client, defenses, leaves, local_training, masks, privacy
 from grab_jax.config import Config
 from grab_jax.data import ClientBatch
 from grab_jax.local_training import Local
@@ -97,18 +97,18 @@ def measure(
     and of local training: no share of such an update is one example's.
     """
     said, count = config.defense, len(batch.batch.ids)
-    noises, unit = _noises(config, count), said.noise > 0 and said.noise_on == "normalised"
-    if unit and said.noise_multiplier:
-        noises, unit = noises[:1], False  # what is private already stays so
-    if (said.clip is None and not noises) or (unit and count > 1) or config.client.local is not None:
+    noises, normalised = _noises(config, count), said.noise > 0 and said.noise_on == "normalised"
+    if normalised and said.noise_multiplier:
+        noises, normalised = noises[:1], False  # what is private already stays so
+    if (said.clip is None and not noises) or (normalised and count > 1) or config.client.local is not None:
         return None
     labels, dropped = jax.nn.one_hot(batch.batch.labels, model.num_labels), _masks(key, model, batch, config)
     clip = float("inf") if said.clip is None else said.clip
     each = _examples(model, clip)(trainable, frozen, *batch.batch[:2], labels, dropped)
     shares = {path: share / count for path, share in each.items()}
     update = {path: share.sum(0) for path, share in shares.items()}
-    if unit:
-        shares = {path: value[None] for path, value in unit(update).items()}
+    if normalised:
+        shares = {path: value[None] for path, value in leaves.unit(update).items()}
     return privacy.measured(shares, defenses.chain(*noises)(_defense_key(key, batch), update))
 
 
