@@ -11,7 +11,7 @@ import span_client
 from dp_accounting import pld, rdp
 from scipy.stats import norm
 
-from grab_jax import privacy, simulate
+from grab_jax import privacy, simulate, tuning
 from grab_jax.config import ClientConfig, Config, DefenseConfig
 from grab_jax.privacy import Measured
 
@@ -152,3 +152,13 @@ def test_noise_that_is_not_that_of_dp_sgd_is_measured_where_it_can_be():
     assert alone.deviation == pytest.approx(0.1, rel=0.02)
     raw, _ = clients(DefenseConfig(noise=0.1, noise_on="raw"))
     assert raw.deviation == pytest.approx(0.1, rel=0.02)
+
+
+def test_noise_on_the_normalised_tensors_of_one_sentence_is_measured():
+    model, params = span_client.random_model("bert")
+    truth = span_client.client("bert", [(2, 7, 9, 3)])
+    config = Config(client=ClientConfig(dropout=0.0), defense=DefenseConfig(noise=0.01))
+    weights = tuning.split(params, tuning.freezes(model, "embeddings"))
+    found = simulate.measure(jax.random.key(0), model, *weights, truth.batch, config)
+    assert found is not None
+    assert found.deviation == pytest.approx(0.01, rel=0.05)
