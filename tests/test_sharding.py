@@ -164,6 +164,7 @@ def test_reading_leaves_a_line_that_is_being_written_alone(tmp_path):
 def test_a_folder_that_another_process_is_just_beginning_is_taken(tmp_path):
     (tmp_path / "sweep.json.host-7.partial").write_text('{"sche')
     folder.begin_several(tmp_path, "sweep.json")
+    assert (tmp_path / "sweep.json.host-7.partial").read_text() == '{"sche', "the other one's"
 
 
 @pytest.mark.parametrize("name", ["run.json", "sweep.json"])
