@@ -71,8 +71,20 @@ def _setting(config: Config, model: Any) -> list[str]:
     return [
         f"{_work(config)} of {task} with {config.model.name} ({model.family}, width {model.width}, "
         f"{model.config.num_hidden_layers} layers), {_count(config.batch_size, 'sentence')} per client batch.",
+        *_averaged(config),
         f"Client in {'training' if config.client.dropout else 'evaluation'} mode: {dropout}; {frozen}.",
         *_defended(config),
+    ]
+
+
+def _averaged(config: Config) -> list[str]:
+    """One sentence on clients whose mean alone is seen."""
+    count = config.client.count
+    if count == 1:
+        return []
+    own = _count(config.batch_size // count, "sentence")
+    return [
+        f"A client batch is that of {count} clients with {own} each, whose updates are averaged before they are seen."
     ]
 
 
@@ -146,7 +158,9 @@ def _count(number: int, noun: str) -> str:
 def _assumptions(config: Config, model: Any) -> list[str]:
     exact = "" if _defended(config) else "exact float32 "
     what = "gradient" if config.client.local is None else "change of the weights"
-    server = f"Honest-but-curious server: it sees one client's {exact}{what} as it is sent, and the weights it sent."
+    whose = "one client's" if config.client.count == 1 else f"the mean of {config.client.count} clients'"
+    sent = "as it is sent" if config.client.count == 1 else "and no client's own"
+    server = f"Honest-but-curious server: it sees {whose} {exact}{what} {sent}, and the weights it sent."
     local = _told_local(config)
     if config.attack.name == "span":
         return [server, *local, *_told_span(config, model)]

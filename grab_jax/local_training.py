@@ -8,6 +8,7 @@ them, where it was told enough; else it takes the change for one gradient.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,7 +33,8 @@ class Local:
     """How a client trains; for an attacker None stands for what it was not told.
 
     `batch` sentences a step, 0 for all of the client's; in an epoch mini-batches follow each other in the order of the
-    data. `lr` is the learning rate, `momentum` that of SGD, `weight_decay` that of AdamW.
+    data. `lr` is the learning rate, `momentum` that of SGD, `weight_decay` that of AdamW. The change is the mean of
+    those of `clients` clients, each of which trains alone, on an equal share of the sentences (secure aggregation).
     """
 
     epochs: int | None = 1
@@ -41,6 +43,7 @@ class Local:
     lr: float | None = 0.01
     momentum: float | None = 0.0
     weight_decay: float | None = 0.0
+    clients: int = 1
 
     @property
     def told(self) -> bool:
@@ -48,10 +51,11 @@ class Local:
         return None not in (self.epochs, self.batch, self.optimizer, self.lr, self.momentum, self.weight_decay)
 
     def steps(self, sentences: int) -> int | None:
-        """Local steps of a client with so many sentences; None where they were not told."""
+        """Local steps of every client where all have so many sentences; None where they were not told."""
         if self.epochs is None or self.batch is None:
             return None
-        return self.epochs * (sentences // (self.batch or sentences))
+        own = max(sentences // self.clients, 1)
+        return self.epochs * (own // (self.batch or own))
 
     def one_gradient(self, sentences: int) -> bool:
         """Whether the change is known to be one gradient times `-lr` (the first step of SGD has no momentum yet)."""
@@ -67,7 +71,7 @@ def fedavg(model: Any, local: Local, *, exact: bool = False) -> client.Simulate:
 
     Args:
       model: a `models.Model`.
-      local: of which nothing is None, with mini-batches that divide the client's sentences.
+      local: of which nothing is None, with mini-batches that divide each client's sentences.
       exact: add up the steps themselves. Otherwise the difference of the weights after and before, which carries their
         rounding, as a client sends it.
 
@@ -76,6 +80,9 @@ def fedavg(model: Any, local: Local, *, exact: bool = False) -> client.Simulate:
       have an epoch axis after the sentence axis, `[b e ...]`: a sentence is seen once an epoch, each time under a mask
       of its own. Embeddings given as `inputs` do not move with the weights.
     """
+    if local.clients > 1:
+        each = client.each(fedavg(model, dataclasses.replace(local, clients=1), exact=exact), local.clients)
+        return lambda *args: {path: change.mean(0) for path, change in each(*args).items()}
     gradient_of, optimizer = client.fedsgd(model), _optimizer(local, exact)
 
     def simulate(
@@ -173,14 +180,14 @@ def repeat(model: Any, local: Local) -> client.Simulate:
 def weight_rounding(problem: Problem, paths: Sequence[str]) -> Float[np.ndarray, "d m"] | None:
     """Standard deviations of the rounding that weights leave in their change, tensors side by side, or None.
 
-    A step rounds a weight by half its spacing at most, independently of other steps: spacing * sqrt(steps / 12). Where
-    the number of steps was not told it counts as 1.
+    A step rounds a weight by half its spacing at most, independently of other steps and clients, over which it is
+    averaged: spacing * sqrt(steps / 12 / clients). Where the number of steps was not told it counts as 1.
     """
     if problem.local is None:
         return None
     weights = np.concatenate([np.asarray(problem.trainable[path], np.float32) for path in paths], axis=1)
     steps = problem.local.steps(len(problem.known.ids)) or 1
-    return np.abs(np.spacing(weights)).astype(np.float64) * np.sqrt(steps / 12)
+    return np.abs(np.spacing(weights)).astype(np.float64) * np.sqrt(steps / 12 / problem.local.clients)
 
 
 def notes(local: Local | None) -> list[str]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from grab_jax.config import DefenseConfig
+from grab_jax.client_config import DefenseConfig
 from grab_jax.types import Update
 
 CLOSE = 0.05
@@ -88,12 +88,14 @@ def declared(said: DefenseConfig, examples: int) -> float | None:
     return math.hypot(said.noise_multiplier, raw)
 
 
-def account(said: DefenseConfig, examples: int, found: Measured | None) -> dict[str, Any] | None:
+def account(said: DefenseConfig, examples: int, found: Measured | None, clients: int = 1) -> dict[str, Any] | None:
     """Both epsilons and what they follow from, as plain data for `run.json`; None without noise, clip and claim.
 
-    `unmeasured` says why there is no measured one.
+    `examples` is the number in a batch, which `clients` share: each adds noise of its own, and of their mean the noise
+    multiplier is larger by the root of their number. `unmeasured` says why there is no measured epsilon.
     """
-    promised, noisy = declared(said, examples), said.noise > 0 or said.noise_multiplier > 0
+    promised, noisy = declared(said, examples // clients), said.noise > 0 or said.noise_multiplier > 0
+    promised = promised and promised * math.sqrt(clients)
     if promised is None and found is None and said.epsilon_nominal is None and not noisy:
         return None
     unmeasured = _unmeasured(said, examples, found)

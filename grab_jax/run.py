@@ -204,7 +204,7 @@ def _accounted(session: Session) -> dict[str, Any] | None:
     attacked = [batch for i, batch in enumerate(session.batches) if i not in session.controls]
     clients = [simulate.measure(_keys(session.config)[CLIENT], *weights, b, session.config) for b in attacked]
     found = privacy.together([one for one in clients if one is not None])
-    return privacy.account(session.config.defense, session.config.batch_size, found)
+    return privacy.account(session.config.defense, session.config.batch_size, found, session.config.client.count)
 
 
 def _with_adapters(config: Config, loaded: models.Loaded, key: Key[Array, ""]) -> models.Loaded:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from grab_jax import client, defenses, leaves, local_training, masks, privacy
 from grab_jax.config import Config
 from grab_jax.data import ClientBatch
 from grab_jax.local_training import Local
-from grab_jax.types import Batch, Defended, Known, Masks, Problem, Vocabulary
+from grab_jax.types import Batch, Defended, Known, Masks, Problem, Update, Vocabulary
 
 DEFENSE = 2**32 - 1
 """Folded into the client's key for what is random in the update as a whole; rows of the data stay below it."""
@@ -47,12 +49,10 @@ def simulate(
     """
     local, count = config.client.local, len(batch.batch.ids)
     labels, dropped = jax.nn.one_hot(batch.batch.labels, model.num_labels), _masks(key, model, batch, config)
-    sent = (trainable, frozen, *batch.batch[:2], labels, dropped)
-    if config.defense.clip is None:
-        update = compiled(model, local)(*sent)
-    else:
-        update = {path: leaf.mean(0) for path, leaf in _examples(model, config.defense.clip)(*sent).items()}
-    observed = defense(config, count)(_defense_key(key, batch), update)
+    updates = _clients(model, local, config.defense.clip, config.client.count)(
+        trainable, frozen, *batch.batch[:2], labels, dropped
+    )
+    observed = _mean_sent(defense(config, count), _defense_key(key, batch), updates)
     if dropped is not None and local is not None and local.steps(count) == 1:
         dropped = _first_epoch(dropped)
     # An attacker that takes several steps for one gradient has room for one epoch's masks.
@@ -61,8 +61,9 @@ def simulate(
     known = told(batch.batch, labels, given, vocabulary, config)
     problem = Problem(
         model, trainable, frozen, observed, known, vocabulary,
-        dropout=config.client.dropout > 0, lengths=config.known.lengths, rate=config.known.rate,
+        dropout=config.client.dropout > 0, lengths=config.known.lengths and config.known.size, rate=config.known.rate,
         local=config.told_local, defended=defended(config),
+        averaged_wire=config.client.wire if config.client.count > 1 else "float32",
     )  # fmt: skip
     return Simulated(batch, problem, dropped)
 
@@ -106,25 +107,43 @@ def measure(
     clip = float("inf") if said.clip is None else said.clip
     each = _examples(model, clip)(trainable, frozen, *batch.batch[:2], labels, dropped)
     shares = {path: share / count for path, share in each.items()}
-    update = {path: share.sum(0) for path, share in shares.items()}
-    if normalised:
-        shares = {path: value[None] for path, value in leaves.unit(update).items()}
-    return privacy.measured(shares, defenses.chain(*noises)(_defense_key(key, batch), update))
+    if normalised:  # of one sentence, which is all there is of the update
+        shares = {path: share[None] for path, share in leaves.unit({p: s[0] for p, s in shares.items()}).items()}
+    updates = {path: _of_clients(leaf, config.client.count) for path, leaf in each.items()}
+    return privacy.measured(shares, _mean_sent(defenses.chain(*noises), _defense_key(key, batch), updates))
+
+
+def _of_clients(examples: Float[Array, "b ..."], clients: int) -> Float[Array, "k ..."]:
+    """Every client's mean over its examples."""
+    return examples.reshape(clients, -1, *examples.shape[1:]).mean(1)
+
+
+def _mean_sent(defended: defenses.Defense, key: Key[Array, ""], updates: Mapping[str, Float[Array, "k ..."]]) -> Update:
+    """What the server sees: the mean of what the clients send, each of its own update and with a key of its own."""
+    clients = len(next(iter(updates.values())))
+    if clients == 1:
+        return defended(key, {path: leaf[0] for path, leaf in updates.items()})
+    sent = jax.vmap(defended)(jax.random.split(key, clients), updates)
+    return {path: leaf.mean(0) for path, leaf in sent.items()}
 
 
 def _noises(config: Config, examples: int) -> list[defenses.Defense]:
-    said, steps = config.defense, []
+    said, steps, own = config.defense, [], examples // config.client.count
     if said.noise_multiplier:
-        steps.append(defenses.noise(said.noise_multiplier * said.clip / examples, normalised=False))
+        steps.append(defenses.noise(said.noise_multiplier * said.clip / own, normalised=False))
     if said.noise:
         steps.append(defenses.noise(said.noise, normalised=said.noise_on == "normalised"))
     return steps
 
 
 def defense(config: Config, examples: int = 1) -> defenses.Defense:
-    """What the client does to its update of some examples: noise, pruning, signs, levels, the precision on the wire.
+    """What a client does to its update: noise, pruning, signs, levels, the precision on the wire.
 
     The noise of DP-SGD is first: of `noise_multiplier * clip` on the sum, so of that over their number on the mean.
+
+    Args:
+      config: the settings.
+      examples: of all clients whose updates are averaged, each of which has an equal share.
     """
     said, steps = config.defense, _noises(config, examples)
     if said.prune:
@@ -148,7 +167,21 @@ def defended(config: Config) -> Defended:
 @lru_cache(maxsize=8)
 def compiled(model: Any, local: Local | None = None):
     """The jitted client of a model: one gradient, or local training."""
-    return jax.jit(client.fedsgd(model) if local is None else local_training.fedavg(model, local))
+    return jax.jit(_step(model, local))
+
+
+def _step(model: Any, local: Local | None) -> client.Simulate:
+    return client.fedsgd(model) if local is None else local_training.fedavg(model, local)
+
+
+@lru_cache(maxsize=8)
+def _clients(model: Any, local: Local | None, clip: float | None, clients: int):
+    """The jitted updates `[k ...]` of clients that share a batch."""
+    if clip is not None:
+        step = client.clipped(client.fedsgd(model), clip)
+    else:
+        step = _step(model, local and dataclasses.replace(local, clients=1))
+    return jax.jit(client.each(step, clients))
 
 
 @lru_cache(maxsize=8)
@@ -181,7 +214,8 @@ def told(batch: Batch, labels: Array, dropped: Masks | None, vocabulary: Vocabul
     ids, attention, _ = batch
     position = jnp.arange(ids.shape[1])[None]
     lengths = attention.sum(1, keepdims=True)
-    if not config.known.lengths:
+    each_length = config.known.lengths and config.known.size
+    if not each_length:
         lengths = jnp.broadcast_to(lengths.max(), lengths.shape)
     visible = position < lengths
     tokens = jnp.full(ids.shape, vocabulary.pad)
@@ -189,11 +223,14 @@ def told(batch: Batch, labels: Array, dropped: Masks | None, vocabulary: Vocabul
     if vocabulary.cls is not None:
         pinned = pinned | (position == 0)
         tokens = jnp.where(position == 0, vocabulary.cls, tokens)
-    if vocabulary.sep is not None and config.known.lengths:
+    if vocabulary.sep is not None and each_length:
         pinned = pinned | (position == lengths - 1)
         tokens = jnp.where(position == lengths - 1, vocabulary.sep, tokens)
     if config.attack.tokens == "true":
         visible, pinned, tokens = attention, jnp.ones_like(pinned), ids
+    if not config.known.size:  # one row, as long as the longest sentence: the shape tells nothing more
+        visible, pinned, tokens = (jnp.broadcast_to(leaf, ids.shape)[:1] for leaf in (visible, pinned, tokens))
+        labels = None
     return Known(
         attention=visible,
         ids=jnp.where(pinned, tokens, -1).astype(jnp.int32),

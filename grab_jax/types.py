@@ -111,7 +111,8 @@ class Problem(NamedTuple):
     dropout masks, `lengths` whether `known` holds every sentence's length, `rate` whether the server knows the dropout
     rate. `local` is None for one gradient; otherwise `observed` is the change of the weights, and `local` what is known
     of the training in between (`local_training.Local`). `defended` is the client's defense, which an attack may follow
-    or not.
+    or not. `averaged_wire` is the precision in which each of several clients sent what was averaged; float32 for one
+    client, whose precision shows in the update.
     """
 
     model: Any
@@ -125,6 +126,7 @@ class Problem(NamedTuple):
     rate: bool = True
     local: Any = None
     defended: Defended = Defended()
+    averaged_wire: str = "float32"
 
 
 class Result(NamedTuple):

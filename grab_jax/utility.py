@@ -23,7 +23,8 @@ from jaxtyping import Array, Key
 
 from grab_jax import about, data, metrics, models, simulate, tuning
 from grab_jax import folder as folders
-from grab_jax.config import ACCOUNTING, Config
+from grab_jax.client_config import ACCOUNTING
+from grab_jax.config import Config
 from grab_jax.types import Batch, InputError
 
 FILE = "utility.json"

@@ -64,7 +64,9 @@ def spectrum(
     causes = [local_training.weight_rounding(problem, paths), blocks_rounding(problem, paths)]
     rounded = reduce(np.hypot, [cause for cause in causes if cause is not None] or [None])
     drifting = not problem.dropout and local_training.several(problem)
-    return subspace.spectrum(gradients, vectors=vectors, rounded=rounded, drifting=drifting)
+    return subspace.spectrum(
+        gradients, vectors=vectors, rounded=rounded, drifting=drifting, averaged=problem.averaged_wire
+    )
 
 
 def blocks_rounding(problem: Problem, paths: Sequence[str]) -> Float[np.ndarray, "d m"] | None:

@@ -74,6 +74,7 @@ def spectrum(
     vectors: bool = True,
     rounded: Float[np.ndarray, "d m"] | None = None,
     drifting: bool = False,
+    averaged: str = "float32",
 ) -> Spectrum:
     """Rank and basis of the space that the gradients' columns span.
 
@@ -84,6 +85,7 @@ def spectrum(
         weights, the rounding of these.
       drifting: the gradients are a sum over training steps, whose inputs move a little with the weights before them:
         what lies behind the largest gap is that movement.
+      averaged: the precision in which each of several clients sent what was averaged, which does not show in the mean.
 
     Columns are scaled to equal noise. The noise is rounding to the precision they came in; if nothing is below that
     and the lower singular values are those of noise of one level, it is this.
@@ -96,6 +98,8 @@ def spectrum(
         return Spectrum(np.zeros(d), 0.0, 0, 0.0, 0, *(np.zeros((d, 0)),) * 2, np.zeros(len(alive)))
     stacked = stacked[:, alive]
     wire, deviation = _rounding(gradients, stacked, alive)
+    if wire == "float32" != averaged:  # an entry of the mean errs as one client's would: both shrink by the same root
+        wire, deviation = averaged, noise.rounding(stacked, averaged)
     vague = np.inf if drifting else VAGUE if wire == "float32" and rounded is None else 1.0
     if rounded is not None:
         deviation = np.hypot(deviation, rounded[:, alive])
