@@ -209,6 +209,7 @@ def _told_span(config: Config, model: Any) -> list[str]:
 def _told_head(config: Config) -> str:
     """A further sentence where the last tokens of sentences are read off the output layer."""
     trained = config.client.frozen == "none" and config.defense.clip is None
+    trained &= config.client.count == 1 and config.client.local is None
     if config.model.task != "causal_lm" or not trained:
         return ""
     return " For the last token of every sentence it uses the gradient of the tied output layer and all weights."

@@ -91,15 +91,21 @@ def _fill(flags: Mapping[str, Any], rank: int, width: int) -> Change | None:
         f"This attack ends where a batch holds as many tokens as the model is wide: {width}, against at most {rank} "
         "here. Other attacks do not end there."
     )
-    return Change("Do larger client batches leak less?", why, "batch_size", math.ceil(1.2 * size * width / rank))
+    return Change("Do larger client batches leak less?", why, "batch_size", _whole(flags, 1.2 * size * width / rank))
 
 
 def _batch_size(flags: Mapping[str, Any]) -> Change:
     size = _size(flags)
-    larger = MORE_SENTENCES if size < MORE_SENTENCES else 2 * size
+    larger = _whole(flags, MORE_SENTENCES if size < MORE_SENTENCES else 2 * size)
     plural = "" if size == 1 else "s"
     why = f"An update averaged over {larger} sentences instead of {size} sentence{plural} says less about each."
     return Change("Do larger client batches leak less?", why, "batch_size", larger)
+
+
+def _whole(flags: Mapping[str, Any], sentences: int | float) -> int:
+    """At least so many sentences, in equal shares of clients and local steps."""
+    share = (flags.get("client_count") or 1) * (flags.get("client_local_batch") or 1)
+    return share * math.ceil(sentences / share)
 
 
 def _size(flags: Mapping[str, Any]) -> int:

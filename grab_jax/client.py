@@ -7,7 +7,6 @@ place of 0/1 ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -79,18 +78,6 @@ def examples(step: Simulate, clip: Norm = float("inf"), *, twice: str | None = N
             return {path: scale(leaf, weight) for path, leaf in update.items()}
 
         return jax.vmap(one)(inputs, attention, labels, masks)
-
-    return simulate
-
-
-def each(step: Simulate, clients: int) -> Simulate:
-    """Every client's own update on a leading axis k: `clients` clients share a batch's sentences equally, in order."""
-
-    def simulate(trainable, frozen, *given) -> Mapping[str, Leaf]:
-        if clients == 1:
-            return {path: leaf[None] for path, leaf in step(trainable, frozen, *given).items()}
-        shares = jax.tree.map(lambda leaf: leaf.reshape(clients, -1, *leaf.shape[1:]), given)
-        return jax.vmap(partial(step, trainable, frozen))(*shares)
 
     return simulate
 

@@ -20,8 +20,8 @@ class ClientConfig:
     )
     count: int = setting(
         1,
-        "clients whose updates are averaged before the server sees them (secure aggregation); the sentences of a batch "
-        "are shared out equally, in order",
+        "clients whose updates are averaged before the server sees them (secure aggregation), a number it knows; the "
+        "sentences of a batch are shared out equally, in order",
     )
 
     wire: defenses.Wire = setting("float32", "precision in which the update is sent")

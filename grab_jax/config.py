@@ -115,7 +115,9 @@ class UtilityConfig:
 
     on: bool = setting(False, "also train the model under the same client and defence; report held-out accuracy")
     rounds: int = setting(50, "rounds of training")
-    clients: int = setting(4, "clients a round, each with a batch of --batch_size sentences")
+    clients: int = setting(
+        4, "updates a round that the server takes together, each of a batch of --batch_size sentences"
+    )
     optimizer: Literal["adam", "sgd"] = setting("adam", "the server's, applied to the mean of the clients' updates")
     lr: float = setting(1e-3, "the server's learning rate")
     held_out: float = setting(0.2, "share of the sentences that is only evaluated")
@@ -210,12 +212,18 @@ class Config:
             "defense_noise_on=normalised": said.noise > 0 and said.noise_on == "normalised",
             f"defense_prune={said.prune:g}": said.prune, "defense_sign": said.sign,
             f"defense_quantise={said.quantise}": said.quantise,
+            "client_optimizer=adamw": self._sends_signs(),
         }  # fmt: skip
         if used := [name for name, value in alone.items() if value]:
             raise InputError(
                 f"--client_count={self.client.count} averages the clients' updates, and no attack here follows the "
                 f"mean of what --{used[0]} leaves of each; use --client_count=1 or leave it out"
             )
+
+    def _sends_signs(self) -> bool:
+        """Whether a search would compare the signs of what one step of AdamW leaves."""
+        local = self.told_local
+        return local is not None and self.attack.searches and local.signs_alone(self.batch_size)
 
     def _check_local(self) -> None:
         local, size = self.client.local, self.client.local_batch

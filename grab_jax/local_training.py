@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -81,8 +82,7 @@ def fedavg(model: Any, local: Local, *, exact: bool = False) -> client.Simulate:
       of its own. Embeddings given as `inputs` do not move with the weights.
     """
     if local.clients > 1:
-        each = client.each(fedavg(model, dataclasses.replace(local, clients=1), exact=exact), local.clients)
-        return lambda *args: {path: change.mean(0) for path, change in each(*args).items()}
+        return _mean_of(fedavg(model, dataclasses.replace(local, clients=1), exact=exact), local.clients)
     gradient_of, optimizer = client.fedsgd(model), _optimizer(local, exact)
 
     def simulate(
@@ -109,6 +109,17 @@ def fedavg(model: Any, local: Local, *, exact: bool = False) -> client.Simulate:
         start = before, jax.tree.map(jnp.zeros_like, before), optimizer.init(before)
         (after, moved, _), _ = jax.lax.scan(step, start, jnp.arange(local.steps(len(attention))))
         return moved if exact else {path: after[path] - before[path] for path in before}
+
+    return simulate
+
+
+def _mean_of(step: client.Simulate, clients: int) -> client.Simulate:
+    """The mean update of clients that share the sentences equally, in order."""
+
+    def simulate(trainable, frozen, *given) -> Update:
+        shares = jax.tree.map(lambda leaf: leaf.reshape(clients, -1, *leaf.shape[1:]), given)
+        each = jax.vmap(partial(step, trainable, frozen))(*shares)
+        return {path: change.mean(0) for path, change in each.items()}
 
     return simulate
 

@@ -67,7 +67,9 @@ def make(
     largest = max(by_shape, key=lambda shape: shape[0] * shape[1])
     # Repeated local steps are all in memory, each with its own change of the weights, and derivatives of it.
     steps = _repeated(config)
-    one_step = 6 * steps * _activations(model, *largest) + (4 * steps * shared if steps > 1 else 0)
+    one_step = 6 * steps * _activations(model, *largest) + (
+        4 * steps * config.client.count * shared if steps > 1 else 0
+    )
     budget = 0.6 * memory - 2 * shared
     most = min(config.run.group, -(-len(batches) // world.count))
     if not config.attack.searches:

@@ -273,7 +273,8 @@ def _unrelated(found: Sequence[data.Sentence], config: Config, width: int, token
     bundled = data.sentences(dataclasses.replace(config.data, name="builtin", start=0))
     others = [s._replace(row=-1 - s.row) for s in reversed(bundled) if s.text not in attacked]
     fits = lambda s: data.bucket(len(tokenizer(s.text)["input_ids"])) == width  # noqa: E731
-    return sorted(others, key=lambda s: not fits(s))[: config.batch_size]
+    most = min(config.batch_size, len(others)) // config.client.count * config.client.count
+    return sorted(others, key=lambda s: not fits(s))[:most]
 
 
 def _identifier(config: Config, batch: data.ClientBatch) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from grab_jax import client, defenses, leaves, local_training, masks, privacy
 from grab_jax.config import Config
@@ -49,10 +49,11 @@ def simulate(
     """
     local, count = config.client.local, len(batch.batch.ids)
     labels, dropped = jax.nn.one_hot(batch.batch.labels, model.num_labels), _masks(key, model, batch, config)
-    updates = _clients(model, local, config.defense.clip, config.client.count)(
-        trainable, frozen, *batch.batch[:2], labels, dropped
-    )
-    observed = _mean_sent(defense(config, count), _defense_key(key, batch), updates)
+    own = local and dataclasses.replace(local, clients=1)
+    step = _clipped(model, config.defense.clip) if config.defense.clip is not None else compiled(model, own)
+    update_of = lambda share: step(trainable, frozen, *share)  # noqa: E731
+    clients = _shares((*batch.batch[:2], labels, dropped), config.client.count)
+    observed = _mean_sent(defense(config, count), _defense_key(key, batch), update_of, clients)
     if dropped is not None and local is not None and local.steps(count) == 1:
         dropped = _first_epoch(dropped)
     # An attacker that takes several steps for one gradient has room for one epoch's masks.
@@ -63,7 +64,7 @@ def simulate(
         model, trainable, frozen, observed, known, vocabulary,
         dropout=config.client.dropout > 0, lengths=config.known.lengths and config.known.size, rate=config.known.rate,
         local=config.told_local, defended=defended(config),
-        averaged_wire=config.client.wire if config.client.count > 1 else "float32",
+        clients=config.client.count, averaged_wire=config.client.wire if config.client.count > 1 else "float32",
     )  # fmt: skip
     return Simulated(batch, problem, dropped)
 
@@ -109,22 +110,26 @@ def measure(
     shares = {path: share / count for path, share in each.items()}
     if normalised:  # of one sentence, which is all there is of the update
         shares = {path: share[None] for path, share in leaves.unit({p: s[0] for p, s in shares.items()}).items()}
-    updates = {path: _of_clients(leaf, config.client.count) for path, leaf in each.items()}
-    return privacy.measured(shares, _mean_sent(defenses.chain(*noises), _defense_key(key, batch), updates))
+    mean_of = lambda share: {path: leaf.mean(0) for path, leaf in share.items()}  # noqa: E731
+    sent = _mean_sent(defenses.chain(*noises), _defense_key(key, batch), mean_of, _shares(each, config.client.count))
+    return privacy.measured(shares, sent)
 
 
-def _of_clients(examples: Float[Array, "b ..."], clients: int) -> Float[Array, "k ..."]:
-    """Every client's mean over its examples."""
-    return examples.reshape(clients, -1, *examples.shape[1:]).mean(1)
+def _shares(leaves_: Any, clients: int) -> list[Any]:
+    """Every client's part of arrays `[b ...]`: equal parts, in order."""
+    split = jax.tree.map(lambda leaf: leaf.reshape(clients, -1, *leaf.shape[1:]), leaves_)
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], split) for i in range(clients)]
 
 
-def _mean_sent(defended: defenses.Defense, key: Key[Array, ""], updates: Mapping[str, Float[Array, "k ..."]]) -> Update:
-    """What the server sees: the mean of what the clients send, each of its own update and with a key of its own."""
-    clients = len(next(iter(updates.values())))
-    if clients == 1:
-        return defended(key, {path: leaf[0] for path, leaf in updates.items()})
-    sent = jax.vmap(defended)(jax.random.split(key, clients), updates)
-    return {path: leaf.mean(0) for path, leaf in sent.items()}
+def _mean_sent(defended: defenses.Defense, key: Key[Array, ""], update_of: Callable, clients: Sequence[Any]) -> Update:
+    """What the server sees: the mean of what the clients send, each of its own update and with a key of its own.
+
+    One client after another, so that two updates at a time are in memory.
+    """
+    keys = [key] if len(clients) == 1 else jax.random.split(key, len(clients))
+    sent = (defended(one, update_of(share)) for one, share in zip(keys, clients, strict=True))
+    total = reduce(lambda a, b: {path: a[path] + b[path] for path in a}, sent)
+    return {path: leaf / len(clients) for path, leaf in total.items()} if len(clients) > 1 else total
 
 
 def _noises(config: Config, examples: int) -> list[defenses.Defense]:
@@ -167,21 +172,13 @@ def defended(config: Config) -> Defended:
 @lru_cache(maxsize=8)
 def compiled(model: Any, local: Local | None = None):
     """The jitted client of a model: one gradient, or local training."""
-    return jax.jit(_step(model, local))
-
-
-def _step(model: Any, local: Local | None) -> client.Simulate:
-    return client.fedsgd(model) if local is None else local_training.fedavg(model, local)
+    return jax.jit(client.fedsgd(model) if local is None else local_training.fedavg(model, local))
 
 
 @lru_cache(maxsize=8)
-def _clients(model: Any, local: Local | None, clip: float | None, clients: int):
-    """The jitted updates `[k ...]` of clients that share a batch."""
-    if clip is not None:
-        step = client.clipped(client.fedsgd(model), clip)
-    else:
-        step = _step(model, local and dataclasses.replace(local, clients=1))
-    return jax.jit(client.each(step, clients))
+def _clipped(model: Any, clip: float):
+    """The jitted client of a model that clips each of its examples."""
+    return jax.jit(client.clipped(client.fedsgd(model), clip))
 
 
 @lru_cache(maxsize=8)
@@ -237,5 +234,5 @@ def told(batch: Batch, labels: Array, dropped: Masks | None, vocabulary: Vocabul
         pinned=pinned,
         free=visible & ~pinned,
         labels=labels if config.known.labels else None,
-        masks=dropped if config.attack.masks == "true" else None,
+        masks=dropped if config.attack.masks == "true" and config.known.size else None,
     )

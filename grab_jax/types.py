@@ -111,8 +111,8 @@ class Problem(NamedTuple):
     dropout masks, `lengths` whether `known` holds every sentence's length, `rate` whether the server knows the dropout
     rate. `local` is None for one gradient; otherwise `observed` is the change of the weights, and `local` what is known
     of the training in between (`local_training.Local`). `defended` is the client's defense, which an attack may follow
-    or not. `averaged_wire` is the precision in which each of several clients sent what was averaged; float32 for one
-    client, whose precision shows in the update.
+    or not. `observed` is the mean over `clients` clients, which share the sentences equally, and `averaged_wire` the
+    precision in which each of several sent its own; float32 for one client, whose precision shows in the update.
     """
 
     model: Any
@@ -126,6 +126,7 @@ class Problem(NamedTuple):
     rate: bool = True
     local: Any = None
     defended: Defended = Defended()
+    clients: int = 1
     averaged_wire: str = "float32"
 
 

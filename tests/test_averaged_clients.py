@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from span_client import VOCABULARY, random_model
 
-from grab_jax import distances, local_training, matching, privacy, simulate, tuning
+from grab_jax import advice, distances, local_training, matching, privacy, simulate, tuning
 from grab_jax.attacks import span
 from grab_jax.config import ClientConfig, Config, DefenseConfig, KnownConfig
 from grab_jax.data import ClientBatch, Sentence
 from grab_jax.local_training import Local
+from grab_jax.span import subspace
 from grab_jax.types import Batch, Candidate, InputError
 
 IDS = jnp.array([[2, 10, 20, 30, 3, 0], [2, 15, 25, 3, 0, 0]], jnp.int32)
@@ -139,6 +140,39 @@ def test_every_client_adds_noise_of_its_own(parts):
     assert biases.std() == pytest.approx(found.deviation, rel=0.2)
 
 
+@pytest.mark.parametrize("opposite", [False, True])
+@pytest.mark.parametrize("wire", ["bfloat16", "float16"])
+def test_the_rank_of_a_mean_is_that_of_what_clients_rounded(wire, opposite):
+    """Not that of the mean's own digits, nor raised where a part that clients share with opposite signs cancels."""
+    rng, means = np.random.default_rng(0), []
+    shared = rng.standard_normal((2, 64, 1)) @ rng.standard_normal((2, 1, 192))
+    for sign in (1, -1):
+        own = rng.standard_normal((64, 5)) @ rng.standard_normal((5, 192)) + sign * opposite * shared[0]
+        means.append(np.asarray(jnp.asarray(2e-4 * own, wire), np.float64) / 2)
+    stacked = np.float32(sum(means))
+    assert subspace.spectrum(np.split(stacked, 3, axis=1), averaged=wire).rank == 10
+    assert subspace.spectrum(np.split(stacked, 3, axis=1)).rank != 10
+
+
+def test_last_tokens_of_averaged_clients_are_left_open():
+    """Each client's mean is over its own tokens, so no token weighs what it would in one batch."""
+    model, params = random_model("gpt2", layers=2, task="causal_lm")
+    weights = tuning.split(params, tuning.freezes(model, "none"))
+    ids = jnp.array([[10, 20, 30, 40, 50, 60], [15, 25, 35, 199, 199, 199]], jnp.int32)
+    texts = tuple(Sentence("", 0, row) for row in range(2))
+    batch = ClientBatch(0, texts, (), (), Batch(ids, ids != 199, jnp.zeros(2, jnp.int32)))
+    for clients, open_ in ((1, False), (2, True)):
+        config = settings(clients, dropout=0.0, frozen="none")
+        truth = simulate.simulate(jax.random.key(1), model, *weights, batch, VOCABULARY["gpt2"], config)
+        result = span.recover(truth.problem, 0)
+        assert {one["last"] == "unknown" for one in result.evidence["sentences"]} == {open_}, clients
+
+
+@pytest.mark.parametrize(("sentences", "expected"), [(8, 8), (9.5, 12), (1, 4)])
+def test_advice_keeps_equal_shares(sentences, expected):
+    assert advice._whole({"client_count": 2, "client_local_batch": 2}, sentences) == expected
+
+
 def test_averaged_noise_is_accounted_for():
     alone = privacy.account(DefenseConfig(clip=1.0, noise_multiplier=0.5), 2, None)
     two = privacy.account(DefenseConfig(clip=1.0, noise_multiplier=0.5), 2, None, 2)
@@ -178,6 +212,7 @@ def test_a_mean_of_unknown_size_is_counted(deep):
         ({"client": ClientConfig(count=2), "defense": DefenseConfig(prune=0.5)}, "--defense_prune=0.5"),
         ({"client": ClientConfig(count=2), "defense": DefenseConfig(sign=True)}, "--defense_sign"),
         ({"client": ClientConfig(count=2, wire="int8")}, "--client_wire=int8"),
+        ({"client": ClientConfig(count=2, algorithm="fedavg", optimizer="adamw")}, "--client_optimizer=adamw"),
         ({"known": KnownConfig(size=False)}, "--noknown_size needs --attack=span"),
         (
             {

@@ -96,8 +96,10 @@ def decoded(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> tu
         solved = _with_dropout(problem, first, gradients, found, seed, notify)
     else:
         solved = span_evaluation.solve(problem, first, found, gradients, whole=WHOLE, seed=seed, notify=notify)
-    # Clipped examples weigh less in the head's gradient, by factors that are not known.
-    if not said and problem.defended.clip is None and last_token.shared(problem):
+    # Clipped examples weigh less in the head's gradient, by factors that are not known; of clients with different
+    # numbers of tokens each weighs the same; and a change of weights has another sign and size than a gradient.
+    weighed = problem.defended.clip is None and problem.clients == 1 and problem.local is None
+    if not said and weighed and last_token.shared(problem):
         sure = [certified(sentence, solved.rows, problem) for sentence in solved.sentences]
         ends = last_token.read(problem, found.rank, solved.rows, solved.sentences, sure)
         solved = solved._replace(ends=ends)
@@ -109,6 +111,7 @@ def _completed(problem: Problem, gradients: list[np.ndarray], notify: Notify) ->
     stacked = np.concatenate(gradients, axis=1)
     blocks = span_evaluation.blocks_rounding(problem, first_attention.paths(problem.model))
     vanish = blocks is not None or (problem.local is not None and not problem.defended.pruned)
+    vanish |= problem.averaged_wire != "float32"
     if vanish or any(spacing(gradient) for gradient in gradients):
         return gradients, []  # small entries, or changes below the weights' rounding, are zero
     there = completion.left_in(stacked) if np.isfinite(stacked).all() else None

@@ -70,7 +70,7 @@ def factors(problem: Problem) -> Factors | None:
         return None
     a = [np.asarray(problem.trainable[f"{layer}/lora_a"], np.float64) for layer in layers]
     b = [np.asarray(problem.observed[f"{layer}/lora_b"], np.float64) for layer in layers]
-    return Factors(layers, a, b, [subspace.spectrum([gradient]) for gradient in b])
+    return Factors(layers, a, b, [subspace.spectrum([gradient], averaged=problem.averaged_wire) for gradient in b])
 
 
 def reason(problem: Problem, found: Factors) -> str | None:

@@ -98,9 +98,11 @@ def spectrum(
         return Spectrum(np.zeros(d), 0.0, 0, 0.0, 0, *(np.zeros((d, 0)),) * 2, np.zeros(len(alive)))
     stacked = stacked[:, alive]
     wire, deviation = _rounding(gradients, stacked, alive)
-    if wire == "float32" != averaged:  # an entry of the mean errs as one client's would: both shrink by the same root
-        wire, deviation = averaged, noise.rounding(stacked, averaged)
     vague = np.inf if drifting else VAGUE if wire == "float32" and rounded is None else 1.0
+    if averaged != "float32":
+        # An entry of the mean errs as one client's would, as both shrink by the same root; where the clients' entries
+        # cancel it errs by more.
+        wire, deviation, vague = averaged, noise.rounding(stacked, averaged), VAGUE
     if rounded is not None:
         deviation = np.hypot(deviation, rounded[:, alive])
     found = _above(stacked, deviation, vague, vectors)
@@ -114,7 +116,7 @@ def spectrum(
     deviations[alive] = found.deviations
     blurred = wire != "float32" or sigma or rounded is not None  # float32's own rounding stays below every tolerance
     blur = found.blur if blurred else np.zeros_like(found.basis)
-    if drifting and found.rank < d and found.floor:
+    if (drifting or averaged != "float32") and found.rank < d and found.floor:
         blur = blur * max(1.0, found.values[found.rank] / found.floor)
     return found._replace(blur=blur, deviations=deviations, wire=wire, sigma=sigma, missing=missing)
 
