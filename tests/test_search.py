@@ -204,6 +204,25 @@ def test_chunked_gives_exact_values_in_two_shapes_and_remembers_them():
     assert ticks[-1] == 21
 
 
+@pytest.mark.parametrize(
+    ("count", "sparing", "expected"),
+    [
+        (17, False, [64]), (17, True, [16, 16]), (48, True, [16, 16, 16]), (49, True, [64]), (80, True, [64, 16]),
+        (5, True, [16]),
+    ],
+)  # fmt: skip
+def test_sparing_leaves_less_than_a_quarter_chunk_empty(count, sparing, expected):
+    shapes = []
+
+    def score(ids):
+        shapes.append(len(ids))
+        return ids.sum((1, 2)) * 1.0
+
+    rows = np.arange(2 * count, dtype=np.int32).reshape(count, 1, 2)
+    np.testing.assert_array_equal(scoring.chunked(score, 64, sparing=sparing)(rows), rows.sum((1, 2)))
+    assert shapes == expected
+
+
 @pytest.mark.parametrize(("chunk", "multiple"), [(1, 1), (2, 1), (3, 1), (8, 4), (4, 4)])
 def test_chunked_with_small_chunks_and_multiples(chunk, multiple):
     shapes = []

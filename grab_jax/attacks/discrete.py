@@ -70,7 +70,8 @@ def _scorer(job: Job, j: int, candidate: Candidate, tick: Callable[[int], None] 
     score = lambda ids: job.programs.score(ids, candidate, context)  # noqa: E731
     devices = job.programs.mesh.size
     chunk = job.config.chunk or programs.CHUNK
-    return scoring.chunked(score, max(1, chunk // devices) * devices, tick, multiple=devices)
+    sparing = job.programs.mesh.devices.flat[0].platform == "cpu"
+    return scoring.chunked(score, max(1, chunk // devices) * devices, tick, multiple=devices, sparing=sparing)
 
 
 def _discrete_starts(job: Job, j: int, r: int, continuous, previous, free) -> Int[np.ndarray, "n b t"]:

@@ -53,21 +53,25 @@ def chunked(
     on_progress: Callable[[int], None] | None = None,
     *,
     multiple: int = 1,
+    sparing: bool = False,
 ) -> Score:
     """A host function over any number of token batches from a jitted one over exactly `chunk` of them.
 
     Scores are remembered: a beam proposes the same batch many times. Small calls run in a quarter chunk (rounded up to
-    `multiple`), so two shapes are compiled. `on_progress` gets the number of different candidates evaluated so far.
+    `multiple`), so two shapes are compiled. With `sparing` several quarters are taken rather than a chunk of which a
+    quarter or more would be empty, which pays where empty places cost as much as candidates (a CPU). `on_progress` gets
+    the number of different candidates evaluated so far.
     """
     known: dict[bytes, float] = {}
     quarter = min(chunk, -(-max(1, chunk // 4) // multiple) * multiple)
+    small = max(quarter, chunk - quarter) if sparing else quarter
 
     def run(candidates: Tokens) -> Float[np.ndarray, " n"]:
         keys = [row.tobytes() for row in np.ascontiguousarray(candidates)]
         fresh = {key: i for i, key in enumerate(keys) if key not in known}
         order = list(fresh.values())
         while order:
-            size = chunk if len(order) > quarter else quarter
+            size = chunk if len(order) > small else quarter
             now, order = order[:size], order[size:]
             block = candidates[now + [now[-1]] * (size - len(now))]
             for i, value in zip(now, np.asarray(score(jnp.asarray(block))), strict=False):
