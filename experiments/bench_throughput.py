@@ -5,13 +5,14 @@
 Each line of the table is a run of `grab_jax.main` in a process of its own: the same sentences and settings with
 `--run_group` as given and with 1, for Grab (`grab_reduced.flags`) and for span decoding, which always takes one
 batch at a time. Batches per hour count attacking, without compilation. The first run starts with an empty compilation
-cache and the same run is started a second time with the cache it filled; seconds to the first step, as shown on the
-terminal, are from the start of the process, imports and loading included.
+cache; the same run is started a second time with the cache it filled, and stopped at its first step. Seconds to that
+step, as shown on the terminal, are from the start of the process, imports and loading included.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -37,7 +38,10 @@ BEGUN = {"grab": " continuous step ", "span": " input rows found"}
 
 
 class Run(NamedTuple):
-    """One run: seconds to its first step, of the whole process, of attacking; sentences recovered word for word."""
+    """One run: seconds to its first step, of the whole process, of attacking; sentences recovered word for word.
+
+    All but the first are NaN where it was stopped there.
+    """
 
     first: float
     whole: float
@@ -45,8 +49,8 @@ class Run(NamedTuple):
     exact: float
 
 
-def measure(attack: str, group: int, folder: Path, cache: Path) -> Run:
-    """Run an attack in a new process, with a compilation cache."""
+def measure(attack: str, group: int, folder: Path, cache: Path, *, whole: bool = True) -> Run:
+    """Run an attack in a new process, with a compilation cache; not `whole` stops it at its first step."""
     given = [f"--model={MODEL.value}", f"--data={DATA.value}", f"--num_batches={BATCHES.value}", "--batch_size=1"]
     preset = "grab_reduced" if attack == "grab" else "span"
     command = [
@@ -65,11 +69,14 @@ def measure(attack: str, group: int, folder: Path, cache: Path) -> Run:
             said.append(line)
             if first is None and BEGUN[attack] in line:
                 first = time.perf_counter() - begin
-    whole = time.perf_counter() - begin
+                if not whole:
+                    one.kill()
+                    return Run(first, *[float("nan")] * 3)
+    seconds = time.perf_counter() - begin
     if one.returncode or first is None:
         sys.exit(f"{shlex.join(command)} ended with {one.returncode}:\n{''.join(said[-20:])}")
     summary = json.loads((folder / "summary.json").read_text())
-    return Run(first, whole, summary["seconds"]["attack"], summary["exact_match"])
+    return Run(first, seconds, summary["seconds"]["attack"], summary["exact_match"])
 
 
 def hourly(run: Run) -> float:
@@ -81,18 +88,21 @@ def compare(attack: str, base: Path) -> None:
     """Measure one attack and print its lines of the table."""
     cache = base / f"{attack}-cache"
     groups = [TOGETHER.value, 1] if attack == "grab" else [1]
-    cold, *others = (measure(attack, group, base / f"{attack}-{group}", cache) for group in groups)
-    warm = measure(attack, groups[0], base / f"{attack}-again", cache)
-    for name, run in zip(("first", "again"), (cold, warm), strict=True):
-        print(common.line(attack, groups[0], name, *_shown(run)), flush=True)
-    for run in others:
-        print(common.line(attack, 1, "alone", *_shown(run)), flush=True)
-        print(f"\n{attack}: {hourly(warm) / hourly(run):.2f} x as many batches an hour in groups of {groups[0]}\n")
+    cold = measure(attack, groups[0], base / f"{attack}-{groups[0]}", cache)
+    print(common.line(attack, groups[0], "first", *_shown(cold)), flush=True)
+    warm = measure(attack, groups[0], base / f"{attack}-again", cache, whole=False)
+    print(common.line(attack, groups[0], "again", *_shown(warm)), flush=True)
+    for group in groups[1:]:
+        run = measure(attack, group, base / f"{attack}-{group}", cache)
+        print(common.line(attack, group, "alone", *_shown(run)), flush=True)
+        print(f"\n{attack}: {hourly(cold) / hourly(run):.2f} x as many batches an hour in groups of {groups[0]}\n")
     print(f"\n{attack}: first step after {cold.first:.1f} s, with a filled cache after {warm.first:.1f} s")
     print(f"{cold.first / warm.first:.2f} x sooner\n", flush=True)
 
 
 def _shown(run: Run) -> tuple[str, ...]:
+    if math.isnan(run.whole):
+        return "", f"{run.first:.1f}", "", ""
     return f"{hourly(run):.0f}", f"{run.first:.1f}", f"{run.whole:.1f}", f"{run.exact:.0f} %"
 
 
