@@ -181,13 +181,21 @@ def _room(config: Config, model: Any) -> str:
     """What a batch's tokens must stay below, for their inputs to show in the first attention layer's gradients."""
     if not config.client.lora:
         return f"the model is wide ({model.width})"
+    if _adapters_count(config):
+        return "the first attention layer's adapters have ranks together"
     return "the adapters' rank" + (f" ({config.client.lora_rank})" if config.client.lora_rank else "")
+
+
+def _adapters_count(config: Config) -> bool:
+    """Whether LoRA's B is not zero in every step, so that the gradient of A holds the inputs themselves."""
+    local = config.client.local
+    return bool(config.client.lora_from) or bool(local and local.steps(config.batch_size) > 1)
 
 
 def _told_span(config: Config, model: Any) -> list[str]:
     """Span decoding takes of `--known_*` the dropout rate only, and no setting of another attack."""
-    rate = config.client.dropout
-    if config.client.lora:
+    rate, lora = config.client.dropout, config.client.lora
+    if lora and not _adapters_count(config):
         used = "the gradients of the first attention layer's adapters only (of their B), with A"
         told = "It needs a client without dropout" + (", which this one is not." if rate else ".")
     elif rate:
@@ -197,6 +205,8 @@ def _told_span(config: Config, model: Any) -> list[str]:
     else:
         used = "at most the first two attention layers' query, key and value gradients, with these layers' weights"
         told = "It knows that the client trains without dropout."
+    if lora and _adapters_count(config):
+        used = "the gradients of the first attention layer's adapters only, with the weights of that layer"
     return [
         f"It uses {used} and the word and position embeddings.{_told_head(config)}",
         "It is not told the labels, the sentences' lengths or the batch size, whatever --known_labels and "

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from grab_jax import about, distances, local_training, matching, plan, run, views
+from grab_jax import about, distances, local_training, matching, plan, views
+from grab_jax import session as sessions
 from grab_jax.attack_config import AttackConfig
-from grab_jax.attacks import programs
+from grab_jax.attacks import programs, span_lora, span_lora_trained
 from grab_jax.config import Config
+from grab_jax.models.layers import ADAPTER
+from grab_jax.session import Session
 from grab_jax.span.scaling import bucket
 from grab_jax.types import Batch
 
@@ -25,13 +29,13 @@ PER_BUCKET, PER_COUNT = 20, 4
 
 def describe(config: Config) -> str:
     """The plan in words, one topic a line; for a search, one candidate score is timed for the estimate."""
-    session = run.prepare(config)
+    session = sessions.prepare(config)
     topics = (_search if config.attack.searches else _span)(session)
     notes = [f"note         {note}" for note in session.notes]
     return "\n".join([f"{topic:12s} {text}" for topic, text in topics.items()] + notes)
 
 
-def estimate(session: run.Session, timed: dict[Any, float]) -> tuple[float | None, str]:
+def estimate(session: Session, timed: dict[Any, float]) -> tuple[float | None, str]:
     """Seconds without compilation, None where they are not known, and the work in words.
 
     Args:
@@ -43,14 +47,14 @@ def estimate(session: run.Session, timed: dict[Any, float]) -> tuple[float | Non
         return None, f"{said}, {attack.name}: seconds to minutes a batch"
     largest = max(session.batches, key=lambda b: b.batch.ids.size).batch.ids.shape
     settings = attack.distance, attack.precision, attack.view, attack.layers
-    kind = session.loaded.model, largest, settings, run.form(session.config, session.trainable)
+    kind = session.loaded.model, largest, settings, sessions.form(session.config, session.trainable)
     if kind not in timed:
         timed[kind] = plan.once(_score_once(session))
     seconds = plan.seconds(work, timed[kind])
     return seconds, f"{said}, {work.steps} steps and {work.scores} scores at most, about {clock(seconds)}"
 
 
-def _search(session: run.Session) -> dict[str, str]:
+def _search(session: Session) -> dict[str, str]:
     work, attack = session.plan, session.config.attack
     seconds = plan.seconds(work, plan.once(_score_once(session)))
     shapes = ", ".join(f"{len(g.members)} x {list(g.shape)}" for g in work.groups)
@@ -73,7 +77,7 @@ def _moves(attack: AttackConfig) -> str:
     return f"{attack.moves} of each sentence every {attack.moves_every} steps"
 
 
-def _client(session: run.Session) -> dict[str, str]:
+def _client(session: Session) -> dict[str, str]:
     """What is attacked, whatever the attack."""
     config, model = session.config, session.loaded.model
     shared = sum(int(v.size) for v in session.trainable.values())
@@ -87,28 +91,49 @@ def _client(session: run.Session) -> dict[str, str]:
 # --- span decoding ----------------------------------------------------------------------------------------
 
 
-def _span(session: run.Session) -> dict[str, str]:
-    dropout, width, counts = session.config.client.dropout > 0, session.loaded.model.width, _counts(session)
-    fit = [count for count in counts if count < width]
+def _span(session: Session) -> dict[str, str]:
+    dropout, counts = session.config.client.dropout > 0, _counts(session)
+    fit = [count for count in counts if count < _room(session)[0]]
     shapes = Counter(tuple(batch.batch.ids.shape) for batch in session.batches)
     listed = ", ".join(f"{count} x {list(shape)}" for shape, count in sorted(shapes.items()))
     return {
         "attack": _EXACT[session.config.attack.name],
         **_client(session),
         "batches": f"{len(counts)}, one after another: {listed} [sentences, tokens]",
-        "tokens": _tokens(counts, width),
+        "tokens": _tokens(counts, *_room(session)),
         "memory": f"about {_bytes(session) / 2**30:.2f} of {session.plan.memory / 2**30:.1f} GiB",
         "compilations": _compilations(fit, dropout and session.config.attack.name == "span"),
         "time": f"not estimated: seconds to minutes a batch, more as its tokens near the width; {about.device()}",
     }
 
 
-def _counts(session: run.Session) -> list[int]:
+def _counts(session: Session) -> list[int]:
     return [rows(b.batch, session.config.client.dropout > 0) for b in session.batches]
 
 
-def _fit(session: run.Session) -> str:
-    return _tokens(_counts(session), session.loaded.model.width)
+def _fit(session: Session) -> str:
+    return _tokens(_counts(session), *_room(session))
+
+
+def _room(session: Session) -> tuple[int, str]:
+    """How many tokens the first attention layer's gradients can hold, and what limits it."""
+    client, model, trainable = session.config.client, session.loaded.model, session.trainable
+    if not client.lora:
+        return model.width, f"the width {model.width}"
+    layers = span_lora.adapted(model, trainable)
+    ranks = [trainable[f"{layer}/lora_b"].shape[0] for layer in layers]
+    if not layers:
+        return 0, "no adapter in the first attention layer"
+    if span_lora_trained.shown(client, session.config.batch_size, trainable, layers):
+        room = min(model.width, ranks[0] if client.dropout and _drops(model, layers) else sum(ranks))
+        return room, f"the {room} ranks of the first attention layer's adapters"
+    if client.dropout:
+        return 0, "the adapters' B is zero, and the client trains with dropout"
+    return ranks[0], f"the adapters' rank {ranks[0]}"
+
+
+def _drops(model: Any, layers: Sequence[str]) -> bool:
+    return any(f"{layer}/{ADAPTER}" in model.sites for layer in layers)
 
 
 def rows(batch: Batch, dropout: bool) -> int:
@@ -119,12 +144,13 @@ def rows(batch: Batch, dropout: bool) -> int:
     return len({(place, ids[sentence, place]) for sentence, place in zip(*np.nonzero(real), strict=True)})
 
 
-def _tokens(counts: list[int], width: int) -> str:
-    fit = [count for count in counts if count < width]
+def _tokens(counts: list[int], room: int, limit: str) -> str:
+    fit = [count for count in counts if count < room]
     if len(fit) == len(counts):
-        return f"at most {max(counts)} in a batch, fewer than the width {width}: testable"
+        return f"at most {max(counts)} in a batch, fewer than {limit}: testable"
     rest = f"; at most {max(fit)} in the others" if fit else ""
-    return f"{len(counts) - len(fit)} of {len(counts)} batches not testable: the width {width} or more{rest}"
+    why = f"{limit} or more" if room else limit
+    return f"{len(counts) - len(fit)} of {len(counts)} batches not testable: {why}{rest}"
 
 
 def _compilations(counts: list[int], dropout: bool) -> str:
@@ -136,7 +162,7 @@ def _compilations(counts: list[int], dropout: bool) -> str:
     return f"about {PER_BUCKET * len(buckets)}, some for each bucket of tokens (up to {', '.join(map(str, buckets))})"
 
 
-def _bytes(session: run.Session) -> int:
+def _bytes(session: Session) -> int:
     """Weights, two copies of the update, and three of the word table, which the scan of the vocabulary holds."""
     size = lambda values: 4 * sum(int(value.size) for value in values)  # noqa: E731
     everything = {**session.frozen, **session.trainable}
@@ -154,11 +180,11 @@ def clock(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _score_once(session: run.Session):
+def _score_once(session: Session):
     """One first-order evaluation at the largest shape, as the attack would do it."""
     batch = max(session.batches, key=lambda b: b.batch.ids.size)
     config = session.config.attack
-    problem = run.simulated(session, batch.index).problem
+    problem = sessions.simulated(session, batch.index).problem
     (observed,) = programs.observed([problem], config, batch.batch.ids.size)
     labels = jax.nn.one_hot(batch.batch.labels, session.loaded.model.num_labels)
     distance = distances.by_name(config.distance, config.l1)

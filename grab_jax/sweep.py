@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from grab_jax import dry_run, run, sharding, sweep_page, sweep_table, utility
 from grab_jax import folder as folders
+from grab_jax import session as sessions
 from grab_jax.config import Config, identity
 from grab_jax.progress import CompileClock
 from grab_jax.types import InputError
@@ -105,11 +106,11 @@ def prepared(found: Sequence[Cell]) -> list[Ready]:
     ready = []
     for cell in found:
         try:
-            session = run.prepare(cell.config)
+            session = sessions.prepare(cell.config)
         except InputError as error:
             raise InputError(f"cell {sweep_table.words(cell.values)} of the sweep: {error}") from error
         shapes = frozenset((len(group.members), *group.shape) for group in session.plan.groups)
-        programs = session.loaded.model, cell.config.attack, run.form(cell.config, session.trainable)
+        programs = session.loaded.model, cell.config.attack, sessions.form(cell.config, session.trainable)
         ready.append(Ready(cell, session.ids, programs, shapes))
     first = [one.programs for one in ready]
     return sorted(ready, key=lambda one: first.index(one.programs))
@@ -248,7 +249,7 @@ def describe(found: Sequence[Cell]) -> str:
     timed: dict[Any, float] = {}
     for cell in found:
         try:
-            session = run.prepare(cell.config)
+            session = sessions.prepare(cell.config)
         except InputError as error:
             raise InputError(f"cell {sweep_table.words(cell.values)} of the sweep: {error}") from error
         seconds, work = dry_run.estimate(session, timed)

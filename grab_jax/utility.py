@@ -61,11 +61,14 @@ def due(config: Config, folder: Path) -> bool:
     return not path.is_file() or folders.read_json(path).get("settings") != settings(config)
 
 
-def measure(config: Config, loaded: models.Loaded, trainable: Flat, frozen: Flat, tokenizer: Any) -> dict[str, Any]:
+def measure(
+    config: Config, loaded: models.Loaded, trainable: Flat, frozen: Flat, tokenizer: Any
+) -> tuple[dict[str, Any], Flat]:
     """Train and evaluate.
 
-    Returns: `accuracy` on held-out sentences in percent with its 95 % interval (Wilson) `accuracy_low` and
-    `accuracy_high`; `accuracy_before` training; `majority`, the share of the commonest label among them; the counts.
+    Returns: the result and the trained weights. The result holds `accuracy` on held-out sentences in percent with its
+    95 % interval (Wilson) `accuracy_low` and `accuracy_high`; `accuracy_before` training; `majority`, the share of the
+    commonest label among them; the counts.
 
     Raises:
       InputError: no labels, a language model, or too few sentences.
@@ -87,7 +90,7 @@ def measure(config: Config, loaded: models.Loaded, trainable: Flat, frozen: Flat
     low, high = metrics.share_interval(hits, len(held_out))
     labels = np.bincount([s.label for s in held_out])
     percent = lambda count: 100.0 * float(count) / len(held_out)  # noqa: E731
-    return {
+    found = {
         "settings": settings(config),
         "accuracy": percent(hits),
         "accuracy_low": low,
@@ -98,6 +101,7 @@ def measure(config: Config, loaded: models.Loaded, trainable: Flat, frozen: Flat
         "trained_on": len(train),
         "seconds": time.monotonic() - begin,
     }
+    return found, trained
 
 
 def _split(config: Config, model: models.Model) -> tuple[list[data.Sentence], list[data.Sentence]]:

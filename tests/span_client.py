@@ -57,17 +57,19 @@ def sentence(family, rng, words):
 
 def client(
     family, sentences, *, rate=0.1, dropout=True, seed=0, layers=2, task="classification", frozen="embeddings",
-    defense=None, adapters=None, **known,
+    defense=None, adapters=None, trained=False, training=None, **known,
 ):  # fmt: skip
     """The simulated client of sentences of token ids, padded to the same 8 positions each time.
 
-    `adapters` are those of a LoRA client; `known` is what `KnownConfig` takes.
+    `adapters` are those of a LoRA client, whose B is zero unless they were `trained` before; `training` are further
+    settings of `ClientConfig`; `known` is what `KnownConfig` takes.
     """
     defense = defense or DefenseConfig()
     model, params = random_model(family, rate, layers=layers, task=task)
     freezes = tuning.freezes(model, frozen)
     if adapters is not None:
         (model, params), freezes = lora.add(jax.random.key(9), model, params, adapters), lora.is_frozen
+        params = moved(params) if trained else params
     vocabulary, lengths = VOCABULARY[family], np.array([len(s) for s in sentences])
     ids = np.full((len(sentences), LENGTH), vocabulary.pad, np.int32)
     for row, tokens in zip(ids, sentences, strict=True):
@@ -78,8 +80,19 @@ def client(
     return simulate.simulate(
         jax.random.key(seed), model, *tuning.split(params, freezes),
         ClientBatch(0, texts, (), (), batch), vocabulary,
-        Config(client=ClientConfig(dropout=rate * dropout), known=KnownConfig(**known), defense=defense),
+        Config(
+            client=ClientConfig(dropout=rate * dropout, **(training or {})), known=KnownConfig(**known), defense=defense
+        ),
     )  # fmt: skip
+
+
+def moved(params, seed=5):
+    """Parameters whose adapters' B is no longer zero."""
+    rng = np.random.default_rng(seed)
+    return tuning.unflatten({
+        path: jnp.asarray(0.05 * rng.standard_normal(leaf.shape), jnp.float32) if path.endswith("/lora_b") else leaf
+        for path, leaf in tuning.flatten(params).items()
+    })  # fmt: skip
 
 
 class Fed(NamedTuple):

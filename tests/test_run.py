@@ -29,6 +29,7 @@ from words import SPECIAL, VOCABULARY, save_tokenizer
 
 from grab_jax import comparison, dry_run, flags, main, models, run, sharding
 from grab_jax import folder as folders
+from grab_jax import session as sessions
 from grab_jax.config import Config
 from grab_jax.types import Batch, InputError
 
@@ -272,7 +273,7 @@ def test_long_sentences_are_cut_and_counted(bert, tmp_path):
     """The model has 24 positions: [CLS], 22 words, [SEP]."""
     path = tmp_path / "long.txt"
     path.write_text("the " * 30 + "\n" + "the " * 22 + "\n")
-    session = run.prepare(parse(f"--model={bert}", f"--data={path}", "--num_batches=2"))
+    session = sessions.prepare(parse(f"--model={bert}", f"--data={path}", "--num_batches=2"))
     assert "warning: 1 sentence(s) longer than 24 tokens were cut" in session.notes
     assert [batch.truncated for batch in session.batches] == [(True,), (False,)]
     assert {batch.batch.ids.shape for batch in session.batches} == {(1, 24)}
@@ -318,7 +319,7 @@ def test_rows_of_a_batch():
 
 @pytest.mark.parametrize("model", ["builtin:bert-mini", "builtin:gpt2-mini"])
 def test_builtin_models_are_planned(model):
-    session = run.prepare(parse(f"--model={model}"))
+    session = sessions.prepare(parse(f"--model={model}"))
     assert len(session.batches) == 8
     assert session.loaded.model.width == 256
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from span_client import FAMILIES, client, sentence
 
-from grab_jax import evidence, run
+from grab_jax import evidence
+from grab_jax import session as sessions
 from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import span, span_lora
 from grab_jax.config import ClientConfig, Config, DefenseConfig
@@ -75,9 +76,9 @@ def test_rows_that_others_could_replace_are_not_certified():
         batch_size=2, num_batches=6, client=ClientConfig(dropout=0.0, lora_rank=64, lora_alpha=64.0),
         attack=AttackConfig(name="span"),
     )  # fmt: skip
-    session, ghosts, whole = run.prepare(config), 0, 0
+    session, ghosts, whole = sessions.prepare(config), 0, 0
     for index in range(config.num_batches):
-        truth = run.simulated(session, index)
+        truth = sessions.simulated(session, index)
         adapters = span_lora.factors(truth.problem)
         first = first_attention.describe(truth.problem.model, {**truth.problem.frozen, **truth.problem.trainable})
         near = span_lora._near(first._replace(rate=0.0), adapters.forbidden(), adapters.rank, lambda *_: None)
@@ -119,7 +120,88 @@ def test_a_defense_of_factors_is_not_taken_for_more_tokens(defense, rank, said):
     assert said in result.evidence["not_testable"]
 
 
+ALL_THREE = Lora(rank=16, alpha=32.0, targets=("query", "key", "value"))
+
+
+def expected(truth):
+    ids, real, _ = truth.batch.batch
+    return sorted(tuple(row[there].tolist()) for row, there in zip(np.asarray(ids), np.asarray(real), strict=True))
+
+
+def certified(result):
+    return [proof["certified"] for proof in result.evidence["sentences"]]
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f == "bert" else pytest.mark.long) for f in FAMILIES])
+def test_adapters_that_count_give_a_sentence_with_its_proof(family, dropout):
+    """Under dropout, too: A's gradient holds the inputs in all dimensions, masks included."""
+    truth, result = sent(family, trained=True, dropout=dropout)
+    assert found_sentences(result) == expected(truth)
+    assert certified(result) == [True]
+    assert "which span" in result.notes[0]
+    if dropout:
+        real = np.asarray(truth.batch.batch.attention)[0]
+        kept = np.asarray(truth.masks["embeddings"])[0][real]
+        np.testing.assert_array_equal(result.masks["embeddings"][0][: real.sum()], kept)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "proven"), [(ADAPTERS, False), pytest.param(ALL_THREE, True, marks=pytest.mark.long)]
+)
+def test_adapters_that_count_tell_two_sentences_apart_under_dropout(adapters, proven):
+    """Proven where queries and keys have adapters, whose cotangents enter the sentences' equations."""
+    truth, result = sent(words=(3, 4), trained=True, dropout=True, adapters=adapters)
+    assert found_sentences(result) == expected(truth)
+    assert certified(result) == [proven] * 2
+
+
+@pytest.mark.long
+def test_more_tokens_than_one_adapter_has_ranks_are_found_and_left_apart():
+    """And as many as all of them have together are not testable."""
+    truth, result = sent(words=(3, 4), trained=True, dropout=True, adapters=Lora(rank=8, alpha=32.0))
+    assert {(row["position"], row["token"]) for row in result.evidence["rows"]} == real_rows(truth)
+    assert not result.evidence["sentences"]
+    _, result = sent(words=(3, 4), trained=True, dropout=True, adapters=Lora(rank=5, alpha=32.0))
+    assert "A hold up to 10 tokens" in result.evidence["not_testable"]
+
+
+@pytest.mark.long
+def test_dropout_of_the_adapters_own_is_decoded_and_not_taken_for_the_embeddings():
+    truth, result = sent(trained=True, dropout=True, adapters=Lora(rank=16, alpha=32.0, dropout=0.1))
+    assert found_sentences(result) == expected(truth)
+    assert certified(result) == [True]
+    assert result.masks is None, "what is kept is kept by two dropouts"
+    _, result = sent("gpt2", trained=True, dropout=True, adapters=Lora(rank=16, alpha=32.0, dropout=0.1))
+    assert "layer norm has mixed" in result.evidence["not_testable"]
+
+
+@pytest.mark.long
+def test_a_rate_that_is_not_told_is_read_off_adapters():
+    truth, _ = sent(words=(3, 4), trained=True, dropout=True)
+    result = span.recover(truth.problem._replace(rate=False), 0)
+    assert found_sentences(result) == expected(truth)
+    assert "dropout rate was not told" in " ".join(result.notes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("trained", "dropout"), [(True, True), (True, False), (False, False)], ids=["both", "trained", "new"]
+)
+def test_adapters_are_read_after_several_local_steps_and_nothing_is_proven(trained, dropout):
+    """What rounding of A's small change hides, B's tells a client without dropout."""
+    truth, result = sent(trained=trained, dropout=dropout, training={"algorithm": "fedavg", "epochs": 2, "lr": 0.5})
+    assert found_sentences(result) == expected(truth)
+    assert certified(result) == [False]
+
+
+@pytest.mark.parametrize("setting", [{"noise": 1e-4}, {"sign": True}])
+def test_noise_on_adapters_that_count_proves_nothing(setting):
+    _, result = sent(trained=True, dropout=True, defense=DefenseConfig(**setting))
+    assert "not testable" in result.evidence.get("not_testable", "") or not any(certified(result))
+
+
 def test_factors_of_an_optimizer_that_is_not_told_are_not_read():
     truth, _ = sent()
     blind = truth.problem._replace(local=Local(optimizer=None, momentum=None, weight_decay=None))
-    assert "one step of SGD only" in span_lora.reason(blind, span_lora.factors(blind))
+    assert "steps of SGD only" in span_lora.reason(blind, span_lora.factors(blind))

@@ -16,6 +16,7 @@ import pytest
 from absl import flags as absl_flags
 
 from grab_jax import comparison, flags, folder, main, run, sweep, sweep_chart, sweep_page, sweep_table, utility
+from grab_jax import session as sessions
 from grab_jax.config import ClientConfig, Config, DefenseConfig, UtilityConfig
 from grab_jax.types import InputError
 
@@ -143,7 +144,7 @@ def fake(monkeypatch):
             shares = dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "accuracy_before", "majority"), 50.0)
             folder.write_json(place / utility.FILE, {"settings": utility.settings(config)} | shares)
 
-    monkeypatch.setattr(run, "prepare", prepare)
+    monkeypatch.setattr(sessions, "prepare", prepare)
     monkeypatch.setattr(run, "run", work)
     umask = os.umask(0o022)
     yield ran, broken

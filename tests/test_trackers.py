@@ -14,7 +14,7 @@ import fake_run
 import numpy as np
 import pytest
 
-from grab_jax import run
+from grab_jax import session as sessions
 from grab_jax.attacks.state import Progress
 from grab_jax.config import Config, DataConfig
 from grab_jax.trackers import Trackers, check
@@ -134,7 +134,7 @@ def test_a_missing_library_is_said_before_anything_runs(settings, flag, monkeypa
     find = importlib.util.find_spec
     hidden = lambda name, *args: None if name in ("tensorboardX", "wandb") else find(name, *args)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", hidden)
-    for refuse in (check, run.prepare):
+    for refuse in (check, sessions.prepare):
         with pytest.raises(InputError, match=rf"^{flag} needs \w+, .* pip install 'grab-jax\[trackers\]'$"):
             refuse(config(**settings))
 

@@ -84,10 +84,11 @@ def hopeless(config: Config) -> str | None:
 def recover(problem: Problem, config: AttackConfig, notify: span.Notify = lambda *_: None) -> Result:
     """One client batch."""
     if reason := span.absent(problem, "DAGER", config.dager_kernels):
-        return span.result(problem, subspace.spectrum([np.zeros((problem.model.width, 1))]), Found([], []), reason)
+        nothing = subspace.spectrum([np.zeros((problem.model.width, 1))])
+        return span.result(problem, nothing, Found([], [], untestable=reason))
     spans = measure(problem, config)
     if reason := not_testable(problem, spans):
-        return span.result(problem, spans.first, Found([], []), reason)
+        return span.result(problem, spans.first, Found([], [], untestable=reason))
     near = survivors(problem, config, spans, notify)
     if problem.dropout:
         inside, of = len(near.get(0, ())), problem.model.config.vocab_size
@@ -95,7 +96,7 @@ def recover(problem: Problem, config: AttackConfig, notify: span.Notify = lambda
             "not testable by DAGER: dropout zeroes and rescales entries of the input embeddings, so no vocabulary row "
             f"lies in the gradient's span ({inside} of {of} tokens do at position 0)"
         )
-        return span.result(problem, spans.first, Found([], []), reason)
+        return span.result(problem, spans.first, Found([], [], untestable=reason))
     return span.result(problem, spans.first, assembled(problem, config, spans, near, notify))
 
 
@@ -192,7 +193,7 @@ def _row(member: Member, sure: bool) -> Row:
 
 def _notes(problem: Problem, config: AttackConfig, spans: Spans, near, found: enumeration.Enumerated, others: int):
     """What a person should know."""
-    yield from span.precision(spans.first, problem)
+    yield from span.precision(spans.first, problem, first_attention.paths(problem.model))
     most = problem.model.width - config.dager_spare
     if spans.rank > most:
         cut = f"of {spans.rank} dimensions the spans keep {most}"

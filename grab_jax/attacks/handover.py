@@ -135,7 +135,7 @@ def held(problem: Problem, found: Found, sure: Sequence[bool], seats: Seats) -> 
         for row in rows:
             if row.position < ids.shape[1] and not pinned[r, row.position]:
                 ids[r, row.position] = row.token
-    told = {SITE: kept} if problem.dropout else None
+    told = {SITE: kept} if problem.dropout and found.own_masks else None
     return known._replace(ids=ids, pinned=pinned, attention=attention, free=attention & ~pinned, masks=told)
 
 

@@ -18,15 +18,15 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from grab_jax.attack_config import AttackConfig
-from grab_jax.attacks import last_token, span_evaluation, span_lora
+from grab_jax.attacks import last_token, span_evaluation, span_lora, span_lora_trained, span_training
 from grab_jax.attacks.span_evaluation import Found
 from grab_jax.attacks.state import OnSegment, Progress
 from grab_jax.local_training import Local
 from grab_jax.models import first_attention
-from grab_jax.span import assemble, completion, rate, subspace
+from grab_jax.span import completion, subspace
 from grab_jax.span.assemble import WHOLE, Sentence
-from grab_jax.span.decode import ACCEPT, decode
-from grab_jax.span.inputs import FirstAttention, normalise
+from grab_jax.span.decode import ACCEPT
+from grab_jax.span.inputs import FirstAttention
 from grab_jax.span.noise import spacing
 from grab_jax.span.rows import Row
 from grab_jax.types import Problem, Result
@@ -80,20 +80,18 @@ def decoded(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> tu
     first = first_attention.describe(model, {**problem.frozen, **problem.trainable})
     if not problem.dropout:
         first = first._replace(rate=0.0)
-    if adapters := span_lora.factors(problem):
-        solved = (
-            Found([], []) if span_lora.reason(problem, adapters) else span_lora.solve(problem, first, adapters, notify)
-        )
-        return max(adapters.spectra, key=lambda space: space.rank), solved
-    if absent(problem):
-        return subspace.spectrum([np.zeros((model.width, 1))]), Found([], [])
+    if factors := span_lora.factors(problem):
+        return _from_adapters(problem, first, factors, seed, notify)
+    if reason := absent(problem):
+        return subspace.spectrum([np.zeros((model.width, 1))]), Found([], [], untestable=reason)
     gradients, said = _completed(problem, first_attention.gradients(model, problem.observed), notify)
     found = span_evaluation.spectrum(problem, gradients=gradients)
-    said += precision(found, problem)
-    if not_testable(found, model.width, local=problem.local):
-        solved = Found([], [])
+    said += precision(found, problem, first_attention.paths(model))
+    if reason := not_testable(found, model.width, local=problem.local):
+        solved = Found([], [], untestable=reason)
     elif problem.dropout:
-        solved = _with_dropout(problem, first, gradients, found, seed, notify)
+        rows_to_sentences = partial(span_training.assembled, problem, first, gradients, found)
+        solved = span_training.solve(problem, first, found, rows_to_sentences, seed=seed, notify=notify)
     else:
         solved = span_evaluation.solve(problem, first, found, gradients, whole=WHOLE, seed=seed, notify=notify)
     # Clipped examples weigh less in the head's gradient, by factors that are not known; of clients with different
@@ -104,6 +102,29 @@ def decoded(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> tu
         ends = last_token.read(problem, found.rank, solved.rows, solved.sentences, sure)
         solved = solved._replace(ends=ends)
     return found, solved._replace(notes=(*said, *solved.notes))
+
+
+def _from_adapters(
+    problem: Problem, first: FirstAttention, factors: span_lora.Factors, seed: int, notify: Notify
+) -> tuple[subspace.Spectrum, Found]:
+    """From the gradients of A, which hold the inputs; or from those of B, where these explain more."""
+    adapters = span_lora_trained.adapters(problem, factors.layers)
+    other = span_lora.reason(problem, factors)
+    reason = span_lora_trained.reason(problem, adapters) if adapters.space.rank else other
+    solved = Found([], [], untestable=reason and f"not testable by span decoding: {reason}")
+    if not reason and adapters.space.rank:
+        solved = span_lora_trained.solve(problem, first, adapters, seed=seed, notify=notify)
+        said = precision(adapters.space, problem, [f"{layer}/lora_a" for layer in adapters.layers])
+        solved = solved._replace(notes=(*said, *solved.notes))
+    if not other and len(solved.used) < factors.rank:
+        projected = span_lora.solve(problem, first, factors, notify)
+        if solved.untestable or _explains(projected) > _explains(solved):
+            return factors.widest, projected
+    return (adapters.space if adapters.space.rank else factors.widest), solved
+
+
+def _explains(found: Found) -> tuple[int, int]:
+    return len(found.used), len(found.rows)
 
 
 def _completed(problem: Problem, gradients: list[np.ndarray], notify: Notify) -> tuple[list[np.ndarray], list[str]]:
@@ -136,14 +157,14 @@ def absent(problem: Problem, method: str = "span decoding", kernels: first_atten
     return f"not testable by {method}: {why}"
 
 
-def precision(found: subspace.Spectrum, problem: Problem) -> list[str]:
+def precision(found: subspace.Spectrum, problem: Problem, paths: Sequence[str]) -> list[str]:
     """What was read off the update of its noise, and what is known of it."""
     if found.sigma:
         return [
             f"the gradient carries noise; read off its singular values, its standard deviation is {found.sigma:.2g}"
         ]
     said = [] if found.wire == "float32" else [f"the gradient was rounded to {found.wire}"]
-    if span_evaluation.blocks_rounding(problem, first_attention.paths(problem.model)) is not None:
+    if span_evaluation.blocks_rounding(problem, paths) is not None:
         said.append("the gradient was rounded to int8")
     if problem.local is not None:
         said.append("the change of the weights carries their rounding, which counts as noise")
@@ -171,48 +192,6 @@ def not_testable(
     return None
 
 
-def _with_dropout(
-    problem: Problem, first: FirstAttention, gradients, space: subspace.Spectrum, seed: int, notify: Notify
-) -> Found:
-    """Rows, then sentences; a rate that is not told is read off the rows and the sentences' equations."""
-    search = partial(decode, basis=space.basis, blur=space.blur, seed=seed, notify=notify)
-    if problem.rate:
-        rows = search(first)
-        return Found(rows, _assembled(problem, first, gradients, space, rows).sentences if rows else [])
-    first = first._replace(rate=rate.WIDEST)
-    rows = search(first)
-    if not rows:
-        return Found([], [])
-    rescaled = lambda p: [row._replace(values=row.values * (1 - rate.WIDEST) / (1 - p)) for row in rows]  # noqa: E731
-    assembled = lambda p: _assembled(problem, first, gradients, space, rescaled(p))  # noqa: E731
-    kept = np.stack([row.kept for row in rows])
-    if first.later is None:
-        read = rate.fit(kept, lambda p: assembled(p).singular, sum(row.position == 0 for row in rows))
-    else:  # the norm after dropout undoes the scale
-        read = rate.dropped_share(kept)[0]
-    notes = (f"the dropout rate was not told; read off the update it is {read:.4f}",)
-    return Found(rescaled(read), assembled(read).sentences, notes=notes)
-
-
-def _assembled(
-    problem: Problem, first: FirstAttention, gradients, space: subspace.Spectrum, rows: list[Row]
-) -> assemble.Assembly:
-    inputs = np.stack([row.values for row in rows])
-    inputs = inputs if first.later is None else normalise(first.later, inputs)
-    heads, noise = problem.model.config.num_attention_heads, np.split(space.deviations, 3)[:2]
-    projected = assemble.projections(inputs, gradients, first.query, first.key, heads)
-    if space.sigma:  # tensors to which noise was added may have been brought to one size before
-        scale = assemble.key_scale(projected)
-        projected, noise = (
-            projected._replace(key_cotangent=scale * projected.key_cotangent),
-            (noise[0], scale * noise[1]),
-        )
-    matrix = assemble.equations(projected).reshape(len(rows), -1)
-    found = assemble.assemble(matrix, np.array([row.position for row in rows]))
-    bounded = [assemble.bounded(s, matrix, projected, inputs, tuple(noise)) for s in found.sentences]
-    return found._replace(sentences=bounded)
-
-
 def certified(sentence: Sentence, rows: Sequence[Row], problem: Problem) -> bool:
     """Whether a sentence is proven: its equations hold, every position is there once, and its ends are right."""
     members_ = [rows[i] for i in sentence.rows]
@@ -223,10 +202,10 @@ def certified(sentence: Sentence, rows: Sequence[Row], problem: Problem) -> bool
     return starts and (vocabulary.sep is None or members_[-1].token == vocabulary.sep)
 
 
-def result(problem: Problem, spectrum: subspace.Spectrum, found: Found, reason: str | None = None) -> Result:
+def result(problem: Problem, spectrum: subspace.Spectrum, found: Found) -> Result:
     """Sentences in the order found, with what proves them; a blank one where there is a reason for none."""
-    if reason := reason or _untestable(problem, spectrum):
-        return _nothing(problem, spectrum, reason, found.notes)
+    if found.untestable:
+        return _nothing(problem, spectrum, found.untestable, found.notes)
     rows, sentences = found.rows, found.sentences
     count = max(len(sentences), 1)
     ends = found.ends.last if found.ends else [None] * len(sentences)
@@ -244,20 +223,12 @@ def result(problem: Problem, spectrum: subspace.Spectrum, found: Found, reason: 
         ids=ids,
         confidence=np.clip(sure, 0, 1),
         loss=max((s.residual for s in sentences), default=float("nan")),
-        masks={"embeddings": kept} if problem.dropout else None,
+        masks={"embeddings": kept} if problem.dropout and found.own_masks else None,
         labels=None,
         trace=[],
         notes=_notes(problem, spectrum.rank, found),
         evidence=_evidence(spectrum, problem) | _proofs(problem, found),
     )
-
-
-def _untestable(problem: Problem, spectrum: subspace.Spectrum) -> str | None:
-    """Why the update tells nothing, or None."""
-    if adapters := span_lora.factors(problem):
-        why = span_lora.reason(problem, adapters)
-        return why and f"not testable by span decoding: {why}"
-    return absent(problem) or not_testable(spectrum, problem.model.width, local=problem.local)
 
 
 def _proofs(problem: Problem, found: Found) -> dict[str, Any]:

@@ -31,6 +31,8 @@ LOOSER = ((1e-3, 5e-3), (1e-2, 5e-2), (5e-2, 0.2))
 """Residuals of null vectors and of whole sentences, looser by turns, where the update is noisy or weights moved."""
 UNSURE = 0.9
 """Certificates of rows that others could replace stay below this."""
+UNPROVEN = -1.0
+"""Limit of a sentence that no residual proves."""
 
 Sentences = dict[tuple[int, ...], float]
 """The tokens of sentences found, and their residuals."""
@@ -39,7 +41,9 @@ Sentences = dict[tuple[int, ...], float]
 class Found(NamedTuple):
     """Rows, sentences of them, whether the second layer judged these, and what a person should know.
 
-    `ends` are the sentences' last tokens under a next-token loss, None where the update does not hold them.
+    `ends` are the sentences' last tokens under a next-token loss, None where the update does not hold them. With
+    `own_masks` the rows' masks are those of the embeddings' dropout, and of no other one. `untestable` says why
+    nothing could be found.
     """
 
     rows: list[Row]
@@ -47,6 +51,8 @@ class Found(NamedTuple):
     contextual: bool = False
     notes: tuple[str, ...] = ()
     ends: Read | None = None
+    own_masks: bool = True
+    untestable: str | None = None
 
     @property
     def used(self) -> set[int]:
@@ -55,15 +61,29 @@ class Found(NamedTuple):
 
 
 def spectrum(
-    problem: Problem, layer: int = 0, kernels: first_attention.Kernels = "all", *, vectors: bool = True, gradients=None
+    problem: Problem,
+    layer: int = 0,
+    kernels: first_attention.Kernels = "all",
+    *,
+    vectors: bool = True,
+    gradients: Sequence[Float[np.ndarray, "d o"]] | None = None,
+    paths: Sequence[str] | None = None,
+    drifting: bool | None = None,
 ) -> subspace.Spectrum:
-    """Span of an attention layer's gradients, by default as observed, above the rounding of weights and of int8."""
+    """Span of an attention layer's gradients, by default as observed, above the rounding of weights and of int8.
+
+    Args:
+      gradients: what spans the layer's inputs, of the tensors `paths`; by default those of its kernels.
+      drifting: see `subspace.spectrum`; by default whether there are several steps, and no dropout.
+    """
     if gradients is None:
         gradients = first_attention.gradients(problem.model, problem.observed, layer, kernels)
-    paths = first_attention.paths(problem.model, layer, kernels)
+    if paths is None:
+        paths = first_attention.paths(problem.model, layer, kernels)
     causes = [local_training.weight_rounding(problem, paths), blocks_rounding(problem, paths)]
     rounded = reduce(np.hypot, [cause for cause in causes if cause is not None] or [None])
-    drifting = not problem.dropout and local_training.several(problem)
+    if drifting is None:
+        drifting = not problem.dropout and local_training.several(problem)
     return subspace.spectrum(
         gradients, vectors=vectors, rounded=rounded, drifting=drifting, averaged=problem.averaged_wire
     )
@@ -216,13 +236,13 @@ def _listed(near, likely, found: Sentences, proof: float, complete: bool):
     """
     used = {pair for ids in found for pair in enumerate(ids)}
     sure = {pair for ids, away in found.items() if away < proof for pair in enumerate(ids)}
-    rows = [_row(m, m.sure or m[:2] in sure) for m in near if m[:2] in used]
-    rows += [_row(m, m.sure) for m in likely if m[:2] not in used and not complete]
+    rows = [row(m, m.sure or m[:2] in sure) for m in near if m[:2] in used]
+    rows += [row(m, m.sure) for m in likely if m[:2] not in used and not complete]
     number = {row[:2]: i for i, row in enumerate(rows)}
     return rows, [Sentence(tuple(number[pair] for pair in enumerate(ids)), away, proof) for ids, away in found.items()]
 
 
-def _row(member: members.Member, sure: bool) -> Row:
-    """A row's certificate is how little of it lies outside the span, if no others can replace it."""
+def row(member: members.Member, sure: bool) -> Row:
+    """A member as a row. Its certificate is how little of it lies outside the span, if no others can replace it."""
     certificate = 1.0 - member.away if sure else UNSURE * member.share
     return Row(member.position, member.token, member.values, np.ones(len(member.values), bool), certificate)

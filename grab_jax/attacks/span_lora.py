@@ -1,6 +1,6 @@
-"""Span decoding of a LoRA client in evaluation mode: what the gradients of low-rank factors say of the layer's inputs.
+"""Span decoding of a LoRA client in evaluation mode from the gradient of B alone: A's is zero in the first step.
 
-The gradient of B is `(X A)^T dY`: it holds the first attention layer's inputs X through their projections `A^T x` only,
+That gradient is `(X A)^T dY`: it holds the first attention layer's inputs X through their projections `A^T x` only,
 and these span N of the rank's r dimensions while the batch has N < r tokens. Every input is orthogonal to what A makes
 of the r - N others: 2 (r - N) linear conditions with adapters of query and value, which no other token meets by chance.
 Some rows meet them and are not in the batch, as without adapters (`span.members`). With the rows known the gradient
@@ -9,14 +9,14 @@ gives their queries' cotangents, and these tell the sentences apart (`span.atten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Container, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from grab_jax import local_training
-from grab_jax.attacks.span_evaluation import UNSURE, Found, blocks_rounding, only_sentence
+from grab_jax.attacks.span_evaluation import UNPROVEN, UNSURE, Found, blocks_rounding, only_sentence
 from grab_jax.models import first_attention
 from grab_jax.span import attended, members, pursuit, subspace
 from grab_jax.span.assemble import Sentence
@@ -32,8 +32,6 @@ INDEPENDENT = 1e-4
 """Relative size of what raises the rank of rows already chosen."""
 CONDITIONS = 8
 """Fewest linear conditions that tell tokens apart."""
-UNPROVEN = -1.0
-"""Limit of a sentence that no residual proves."""
 SWAPS = 3
 """Rows that are exchanged for others at most, until all of them form sentences."""
 
@@ -49,7 +47,12 @@ class Factors(NamedTuple):
     @property
     def rank(self) -> int:
         """Token rows of the batch, as far as the adapters' rank shows them."""
-        return max(found.rank for found in self.spectra)
+        return self.widest.rank
+
+    @property
+    def widest(self) -> subspace.Spectrum:
+        """The spectrum of the largest rank."""
+        return max(self.spectra, key=lambda found: found.rank)
 
     @property
     def coordinates(self) -> list[Float[np.ndarray, "d n"]]:
@@ -62,23 +65,32 @@ class Factors(NamedTuple):
         return np.linalg.qr(np.concatenate(others, axis=1))[0]
 
 
+def adapted(model: Any, paths: Container[str]) -> list[str]:
+    """The first attention layer's linear layers with an adapter among these parameters."""
+    layers = [path.removesuffix("/kernel") for path in first_attention.paths(model)]
+    return [layer for layer in layers if f"{layer}/lora_b" in paths]
+
+
 def factors(problem: Problem) -> Factors | None:
     """The first attention layer's adapters; None where there are none."""
-    layers = [path.removesuffix("/kernel") for path in first_attention.paths(problem.model)]
-    layers = [layer for layer in layers if f"{layer}/lora_b" in problem.observed]
+    layers = adapted(problem.model, problem.observed)
     if not layers:
         return None
     a = [np.asarray(problem.trainable[f"{layer}/lora_a"], np.float64) for layer in layers]
     b = [np.asarray(problem.observed[f"{layer}/lora_b"], np.float64) for layer in layers]
-    return Factors(layers, a, b, [subspace.spectrum([gradient], averaged=problem.averaged_wire) for gradient in b])
+    told = {"averaged": problem.averaged_wire, "drifting": local_training.several(problem)}  # A moves between steps
+    return Factors(layers, a, b, [subspace.spectrum([gradient], **told) for gradient in b])
 
 
 def reason(problem: Problem, found: Factors) -> str | None:
     """Why these factors tell nothing, or None."""
     if problem.dropout:
-        return "under dropout every projection has a mask of its own, which a few numbers do not determine"
-    if local_training.several(problem) or (problem.local is not None and problem.local.optimizer != "sgd"):
-        return "LoRA factors are read from one step of SGD only"
+        return (
+            "the adapters' B is zero, and under dropout every projection has a mask of its own, which the few numbers "
+            "of B's gradient do not determine"
+        )
+    if problem.local is not None and problem.local.optimizer != "sgd":
+        return "the adapters' gradients are read from steps of SGD only, and the optimizer is or may be another one"
     if found.rank == 0:
         return "the gradient of the first attention layer's adapters is zero or not finite"
     if any(one.wire == subspace.SIGNS for one in found.spectra):
@@ -194,18 +206,7 @@ def _sentences(problem: Problem, first: FirstAttention, found: Factors, chosen: 
     gradient = found.gradients[which][:, : problem.model.width]  # GPT-2 has queries, keys and values side by side
     cotangent = np.linalg.lstsq((inputs @ found.a[which]).T, gradient, rcond=None)[0]
     split = lambda x: x.reshape(len(inputs), problem.model.config.num_attention_heads, -1)  # noqa: E731
-    told = attended.shares(split(cotangent), split(_keys(problem, first, inputs)))
+    kernel, bias = (np.asarray(part, np.float64) for part in first.key)
+    told = attended.shares(split(cotangent), split(inputs @ kernel + bias))
     groups = attended.sentences(told, np.array([m.position for m in chosen]))
     return [g for g in groups if only_sentence({chosen[i][:2] for i in g[0]}, problem.vocabulary)]
-
-
-def _keys(problem: Problem, first: FirstAttention, inputs: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    """The keys of inputs, with what a trained adapter adds."""
-    kernel, bias = (np.asarray(part, np.float64) for part in first.key)
-    layer = first_attention.paths(problem.model)[-1 if problem.model.family == "gpt2" else 1].removesuffix("/kernel")
-    params = {**problem.frozen, **problem.trainable}
-    if f"{layer}/lora_a" in params:
-        a, b, scale = (np.asarray(params[f"{layer}/lora_{name}"], np.float64) for name in ("a", "b", "scale"))
-        b = np.split(b, 3, axis=1)[1] if problem.model.family == "gpt2" else b
-        kernel = kernel + scale * a @ b
-    return inputs @ kernel + bias

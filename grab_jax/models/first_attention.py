@@ -31,16 +31,16 @@ def _prefix(model: Any, layer: int = 0) -> str:
 
 
 def describe(model: Any, flat: Mapping[str, Array]) -> FirstAttention:
-    """Read a model's first attention layer from its flat parameters (`tuning.flatten`)."""
+    """Read a model's first attention layer from its flat parameters (`tuning.flatten`), adapters added to kernels."""
     prefix = _prefix(model)
     words, places = flat[model.word_table], flat[model.position_table]
     if model.family == "gpt2":
-        kernels = jnp.split(flat[prefix + "c_attn/kernel"], 3, axis=1)
+        kernels = jnp.split(_kernel(flat, prefix + "c_attn"), 3, axis=1)
         biases = jnp.split(flat[prefix + "c_attn/bias"], 3)
         later = _norm(flat, "transformer/h_0/ln_1", model.config.layer_norm_epsilon)
         norm = None
     else:
-        kernels = [flat[f"{prefix}{name}/kernel"] for name in ("query", "key")]
+        kernels = [_kernel(flat, prefix + name) for name in ("query", "key")]
         biases = [flat[f"{prefix}{name}/bias"] for name in ("query", "key")]
         embeddings = f"{model.family}/embeddings/"
         norm, later = _norm(flat, embeddings + "LayerNorm", model.config.layer_norm_eps), None
@@ -49,6 +49,14 @@ def describe(model: Any, flat: Mapping[str, Array]) -> FirstAttention:
         places = places[start:] + flat[embeddings + "token_type_embeddings/embedding"][:1]
     rate = model.sites["embeddings"].rate
     return FirstAttention(words, places, norm, rate, later, (kernels[0], biases[0]), (kernels[1], biases[1]))
+
+
+def _kernel(flat: Mapping[str, Array], layer: str) -> Float[Array, "d o"]:
+    kernel = flat[f"{layer}/kernel"]
+    if f"{layer}/lora_a" not in flat:
+        return kernel
+    a, b, scale = (flat[f"{layer}/lora_{name}"] for name in ("a", "b", "scale"))
+    return kernel + scale * a @ b
 
 
 def gradients(

@@ -108,9 +108,9 @@ def spectrum(
     found = _above(stacked, deviation, vague, vectors)
     missing = float((stacked == 0).mean())
     sigma = 0.0
-    if found.rank == d:
+    if found.rank == min(stacked.shape):
         raw = np.linalg.svd(stacked, compute_uv=False)
-        sigma = noise.level(raw, stacked.shape, spare=SPARE) or 0.0
+        sigma = noise.level(raw, tuple(sorted(stacked.shape)), spare=SPARE) or 0.0
         found = _above(stacked, np.full((1, stacked.shape[1]), sigma), 1.0, vectors) if sigma else found
     deviations = np.zeros(len(alive))
     deviations[alive] = found.deviations
