@@ -10,6 +10,9 @@ from grab_jax import about
 MODEL = SimpleNamespace(family="bert", width=384, config=SimpleNamespace(num_hidden_layers=6))
 
 
+LOCAL = "--client_algorithm=fedavg", "--client_epochs=2"
+
+
 def said(*args):
     """Assumptions as one text."""
     return " ".join(about.about(parse(*args), MODEL, 1, [], [])["assumptions"])
@@ -74,6 +77,15 @@ def test_span_decoding_of_adapters_uses_these_and_their_rank():
     assert "key and value" not in text
     assert "needs a client without dropout, which" in said("--attack=span", "--client_lora_rank=16")
     assert "as many tokens as the adapters' rank (16)" in said("--attack_init=span", "--client_lora_rank=16")
+
+
+def test_adapters_that_count_are_decoded_under_dropout():
+    """Of a later round, and after the first local step."""
+    for later in (["--client_lora_from=adapter"], ["--client_lora_rank=16", *LOCAL]):
+        text = said("--attack=span", *later)
+        assert "adapters only, with the weights" in text
+        assert "knows the dropout rate (0.1), and decodes the masks" in text
+        assert "fewer tokens than the first attention layer's adapters have ranks together" in text
 
 
 def test_last_tokens_are_read_off_the_output_layer_where_it_is_trained():

@@ -303,6 +303,27 @@ def test_dry_run_of_span_decoding():
     assert "no batch is testable" in many
 
 
+def test_dry_run_of_span_decoding_of_adapters():
+    """Their ranks count, not the width."""
+    adapters = lambda *args: dry_run.describe(parse(*SPAN, "--client_lora_rank=16", *args))  # noqa: E731
+    assert "not testable: the adapters' B is zero, and the client trains with dropout" in adapters()
+    assert "fewer than the adapters' rank 16: testable" in adapters("--client_dropout=0")
+    later = adapters("--client_algorithm=fedavg", "--client_epochs=2")
+    assert "fewer than the 32 ranks of the first attention layer's adapters: testable" in later
+
+
+@pytest.mark.long
+def test_the_adapter_that_utility_trained_is_audited_next(tmp_path):
+    """Under dropout a new adapter tells nothing, and a trained one every sentence."""
+    span = ["--model=builtin:bert-mini", "--attack=span", "--num_batches=2", "--run_progress=off"]
+    new, later = tmp_path / "new", tmp_path / "later"
+    more = ["--client_lora_rank=16", "--utility", "--utility_rounds=2", f"--run_dir={new}"]
+    assert "--client_lora_from" in do(*span, *more).lower()
+    assert json.loads((new / "summary.json").read_text())["outcome"] == "not testable"
+    do(*span, f"--client_lora_from={new / 'adapter'}", f"--run_dir={later}")
+    assert json.loads((later / "summary.json").read_text())["certified"] == 2
+
+
 def test_dry_run_of_a_search_that_span_decoding_begins(small):
     said = dry_run.describe(parse(*small, "--attack_init=span", "--dry_run"))
     for part in ("60 steps", "what span decoding proves; at most 7 in a batch, fewer than the width 16", "candidate"):

@@ -86,8 +86,8 @@ def reason(problem: Problem, found: Factors) -> str | None:
     """Why these factors tell nothing, or None."""
     if problem.dropout:
         return (
-            "the adapters' B is zero, and under dropout every projection has a mask of its own, which the few numbers "
-            "of B's gradient do not determine"
+            "the adapters' B is zero, as in the first round only, and under dropout every projection has a mask of its "
+            "own, which the few numbers of B's gradient do not determine; --client_lora_from audits a later round"
         )
     if problem.local is not None and problem.local.optimizer != "sgd":
         return "the adapters' gradients are read from steps of SGD only, and the optimizer is or may be another one"
