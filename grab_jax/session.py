@@ -72,7 +72,8 @@ def prepare(config: Config, world: sharding.World = sharding.ALONE) -> Session:
     notes += _prior(config, loaded.model, tokenizer, batches)
     if config.attack.masks == "true" or config.attack.tokens == "true":
         notes.append("control run: the attacker is given a truth it would not have; this is not an attack")
-    ids = [_identifier(config, batch) for batch in batches]
+    adapter = _digest(config.client)
+    ids = [_identifier(config, batch, adapter) for batch in batches]
     session = Session(config, loaded, trainable, frozen, tokenizer, batches, controls, ids, notes, work)
     accounted = _accounted(session)
     return session._replace(privacy=accounted, notes=[*notes, *privacy.notes(accounted)])
@@ -169,9 +170,14 @@ def _unrelated(found: Sequence[data.Sentence], config: Config, width: int, token
     return sorted(others, key=lambda s: not fits(s))[:most]
 
 
-def _identifier(config: Config, batch: data.ClientBatch) -> str:
+def _digest(client: ClientConfig) -> list[str]:
+    """Of the adapter to go on from: trained once more it has the same name, and other weights."""
+    return [hashlib.sha256(peft.weights(client.lora_from).read_bytes()).hexdigest()] if client.lora_from else []
+
+
+def _identifier(config: Config, batch: data.ClientBatch, adapter: list[str]) -> str:
     rows = [(s.text, s.label, s.row) for s in batch.sentences]
-    text = json.dumps([identity(config), about.code_version(), batch.index, rows], sort_keys=True)
+    text = json.dumps([identity(config), about.code_version(), batch.index, rows, *adapter], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -320,8 +320,15 @@ def test_the_adapter_that_utility_trained_is_audited_next(tmp_path):
     more = ["--client_lora_rank=16", "--utility", "--utility_rounds=2", f"--run_dir={new}"]
     assert "--client_lora_from" in do(*span, *more).lower()
     assert json.loads((new / "summary.json").read_text())["outcome"] == "not testable"
-    do(*span, f"--client_lora_from={new / 'adapter'}", f"--run_dir={later}")
+    again = *span, f"--client_lora_from={new / 'adapter'}", f"--run_dir={later}"
+    do(*again)
     assert json.loads((later / "summary.json").read_text())["certified"] == 2
+    do(*again)
+    assert len(records(later)) == 2
+    moved = {name: 1.5 * value for name, value in load_file(new / "adapter/adapter_model.safetensors").items()}
+    save_file(moved, new / "adapter/adapter_model.safetensors", metadata={"format": "pt"})
+    do(*again)
+    assert len(records(later)) == 4, "another adapter under the same name"
 
 
 def test_dry_run_of_a_search_that_span_decoding_begins(small):

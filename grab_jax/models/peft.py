@@ -28,6 +28,11 @@ _PLAIN = {"bias": "none", "use_dora": False, "rank_pattern": {}, "alpha_pattern"
 """Settings of PEFT with the only value understood here."""
 
 
+def weights(folder: str) -> Path:
+    """The file of a folder that holds the factors."""
+    return Path(folder) / "adapter_model.safetensors"
+
+
 def write(folder: str, model: Any, params: Params, lora: Lora, base: str = "") -> None:
     """Write the adapters and the head of `params` so that `PeftModel.from_pretrained` loads the folder.
 
@@ -46,7 +51,7 @@ def write(folder: str, model: Any, params: Params, lora: Lora, base: str = "") -
         "modules_to_save": heads or None, "init_lora_weights": True,
     }  # fmt: skip
     os.makedirs(folder, exist_ok=True)
-    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, weights(folder), metadata={"format": "pt"})
     (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -99,7 +104,7 @@ def read(folder: str, model: Any, params: Params) -> Params:
       InputError: tensors are missing, unknown or of another shape; names them.
     """
     flat = tuning.flatten(params)
-    file = Path(folder) / "adapter_model.safetensors"
+    file = weights(folder)
     if not file.is_file():
         raise InputError(f"{folder} has no adapter_model.safetensors; save the adapter with safe_serialization=True")
     raw, names = convert.read_safetensors(file), _names(flat)
