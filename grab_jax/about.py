@@ -182,7 +182,8 @@ def _room(config: Config, model: Any) -> str:
     if not config.client.lora:
         return f"the model is wide ({model.width})"
     if _adapters_count(config):
-        return "the first attention layer's adapters have ranks together"
+        alone = config.client.dropout and config.client.lora_dropout
+        return "an adapter has ranks" if alone else "the first attention layer's adapters have ranks together"
     return "the adapters' rank" + (f" ({config.client.lora_rank})" if config.client.lora_rank else "")
 
 
@@ -207,6 +208,8 @@ def _told_span(config: Config, model: Any) -> list[str]:
         told = "It knows that the client trains without dropout."
     if lora and _adapters_count(config):
         used = "the gradients of the first attention layer's adapters only, with the weights of that layer"
+        if not config.client.lora_from:
+            used += " (as far as what local steps add to A shows above its rounding)"
     return [
         f"It uses {used} and the word and position embeddings.{_told_head(config)}",
         "It is not told the labels, the sentences' lengths or the batch size, whatever --known_labels and "

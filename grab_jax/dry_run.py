@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from grab_jax import session as sessions
 from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import programs, span_lora, span_lora_trained
 from grab_jax.config import Config
-from grab_jax.models.layers import ADAPTER
 from grab_jax.session import Session
 from grab_jax.span.scaling import bucket
 from grab_jax.types import Batch
@@ -121,19 +119,17 @@ def _room(session: Session) -> tuple[int, str]:
     if not client.lora:
         return model.width, f"the width {model.width}"
     layers = span_lora.adapted(model, trainable)
-    ranks = [trainable[f"{layer}/lora_b"].shape[0] for layer in layers]
     if not layers:
         return 0, "no adapter in the first attention layer"
-    if span_lora_trained.shown(client, session.config.batch_size, trainable, layers):
-        room = min(model.width, ranks[0] if client.dropout and _drops(model, layers) else sum(ranks))
+    steps = client.local.steps(session.config.batch_size) if client.local else 1
+    if client.local and client.local.optimizer == "adamw":
+        return 0, "AdamW rescales every entry"
+    if room := span_lora_trained.room(model, trainable, layers, dropout=client.dropout > 0, moving=steps > 1):
         return room, f"the {room} ranks of the first attention layer's adapters"
     if client.dropout:
         return 0, "the adapters' B is zero, and the client trains with dropout"
-    return ranks[0], f"the adapters' rank {ranks[0]}"
-
-
-def _drops(model: Any, layers: Sequence[str]) -> bool:
-    return any(f"{layer}/{ADAPTER}" in model.sites for layer in layers)
+    rank = trainable[f"{layers[0]}/lora_b"].shape[0]
+    return rank, f"the adapters' rank {rank}"
 
 
 def rows(batch: Batch, dropout: bool) -> int:

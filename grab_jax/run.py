@@ -109,16 +109,20 @@ def _utility(session: Session, folder: Path, display: Display) -> None:
     """With `--utility`, the accuracy under these settings, unless it is known."""
     if not session.config.utility.on:
         return
-    found = utility.known(session.config, folder)
-    if found is None:
+    if known := utility.known(session.config, folder):
+        found, where = known
+        if where != folder and (where / ADAPTER).is_dir():
+            shutil.copytree(where / ADAPTER, folder / ADAPTER, dirs_exist_ok=True)
+    else:
         display.say("training under the same client and defence")
         weights = session.trainable, session.frozen
         found, trained = utility.measure(session.config, session.loaded, *weights, session.tokenizer)
         if session.config.client.lora:
             params, settings = tuning.merge(trained, session.frozen), sessions.adapters(session.config.client)
             peft.write(str(folder / ADAPTER), session.loaded.model, params, settings, session.config.model.name)
-            display.say(f"trained adapter: {folder / ADAPTER} (--client_lora_from takes it)")
     folders.write_json(folder / utility.FILE, found)
+    if (folder / ADAPTER).is_dir():
+        display.say(f"trained adapter: {folder / ADAPTER} (--client_lora_from takes it)")
     display.say(f"held-out accuracy {found['accuracy']:.1f} % (commonest label {found['majority']:.1f} %)")
 
 

@@ -72,7 +72,7 @@ def prepare(config: Config, world: sharding.World = sharding.ALONE) -> Session:
     notes += _prior(config, loaded.model, tokenizer, batches)
     if config.attack.masks == "true" or config.attack.tokens == "true":
         notes.append("control run: the attacker is given a truth it would not have; this is not an attack")
-    adapter = _digest(config.client)
+    adapter = [peft.digest(config.client.lora_from)] if config.client.lora_from else []
     ids = [_identifier(config, batch, adapter) for batch in batches]
     session = Session(config, loaded, trainable, frozen, tokenizer, batches, controls, ids, notes, work)
     accounted = _accounted(session)
@@ -168,11 +168,6 @@ def _unrelated(found: Sequence[data.Sentence], config: Config, width: int, token
     fits = lambda s: data.bucket(len(tokenizer(s.text)["input_ids"])) == width  # noqa: E731
     most = min(config.batch_size, len(others)) // config.client.count * config.client.count
     return sorted(others, key=lambda s: not fits(s))[:most]
-
-
-def _digest(client: ClientConfig) -> list[str]:
-    """Of the adapter to go on from: trained once more it has the same name, and other weights."""
-    return [hashlib.sha256(peft.weights(client.lora_from).read_bytes()).hexdigest()] if client.lora_from else []
 
 
 def _identifier(config: Config, batch: data.ClientBatch, adapter: list[str]) -> str:

@@ -25,6 +25,7 @@ from grab_jax import about, data, metrics, models, simulate, tuning
 from grab_jax import folder as folders
 from grab_jax.client_config import ACCOUNTING
 from grab_jax.config import Config
+from grab_jax.models import peft
 from grab_jax.types import Batch, InputError
 
 FILE = "utility.json"
@@ -41,15 +42,16 @@ def settings(config: Config) -> dict[str, Any]:
     named = ("model", "data", "batch_size", "client", "defense", "seed", "utility")
     values = dataclasses.asdict(config)
     values["defense"] = {name: value for name, value in values["defense"].items() if name not in ACCOUNTING}
-    return json.loads(json.dumps({"code": about.code_version(), **{name: values[name] for name in named}}))
+    adapter = {"adapter": peft.digest(config.client.lora_from)} if config.client.lora_from else {}
+    return json.loads(json.dumps({"code": about.code_version(), **{name: values[name] for name in named}, **adapter}))
 
 
-def known(config: Config, folder: Path) -> dict[str, Any] | None:
-    """The result in a run folder, or in one beside it, where the settings are the same."""
+def known(config: Config, folder: Path) -> tuple[dict[str, Any], Path] | None:
+    """The result in a run folder, or in one beside it, where the settings are the same, and this folder."""
     wanted = settings(config)
     for path in (folder / FILE, *sorted(folder.parent.glob(f"*/{FILE}"))):
         if path.is_file() and (found := folders.read_json(path)).get("settings") == wanted:
-            return found
+            return found, path.parent
     return None
 
 

@@ -315,10 +315,10 @@ def test_dry_run_of_span_decoding_of_adapters():
 @pytest.mark.long
 def test_the_adapter_that_utility_trained_is_audited_next(tmp_path):
     """Under dropout a new adapter tells nothing, and a trained one every sentence."""
-    span = ["--model=builtin:bert-mini", "--attack=span", "--num_batches=2", "--run_progress=off"]
+    span = ["--model=builtin:bert-mini", "--attack=span", "--num_batches=2", "--run_progress=lines"]
     new, later = tmp_path / "new", tmp_path / "later"
     more = ["--client_lora_rank=16", "--utility", "--utility_rounds=2", f"--run_dir={new}"]
-    assert "--client_lora_from" in do(*span, *more).lower()
+    assert f"trained adapter: {new / 'adapter'}" in do(*span, *more)
     assert json.loads((new / "summary.json").read_text())["outcome"] == "not testable"
     again = *span, f"--client_lora_from={new / 'adapter'}", f"--run_dir={later}"
     do(*again)

@@ -110,17 +110,21 @@ def _from_adapters(
     """From the gradients of A, which hold the inputs; or from those of B, where these explain more."""
     adapters = span_lora_trained.adapters(problem, factors.layers)
     other = span_lora.reason(problem, factors)
-    reason = span_lora_trained.reason(problem, adapters) if adapters.space.rank else other
-    solved = Found([], [], untestable=reason and f"not testable by span decoding: {reason}")
-    if not reason and adapters.space.rank:
+    reason = span_lora_trained.reason(problem, adapters) if adapters.room else other
+    if adapters.room and not reason:
         solved = span_lora_trained.solve(problem, first, adapters, seed=seed, notify=notify)
         said = precision(adapters.space, problem, [f"{layer}/lora_a" for layer in adapters.layers])
         solved = solved._replace(notes=(*said, *solved.notes))
-    if not other and len(solved.used) < factors.rank:
-        projected = span_lora.solve(problem, first, factors, notify)
-        if solved.untestable or _explains(projected) > _explains(solved):
-            return factors.widest, projected
-    return (adapters.space if adapters.space.rank else factors.widest), solved
+        if any(certified(sentence, solved.rows, problem) for sentence in solved.sentences) or other:
+            return adapters.space, solved
+    else:
+        solved = Found([], [], untestable=f"not testable by span decoding: {reason}")
+        if other:
+            return (adapters.space if adapters.room else factors.widest), solved
+    projected = span_lora.solve(problem, first, factors, notify)
+    if solved.untestable or _explains(projected) > _explains(solved):
+        return factors.widest, projected
+    return adapters.space, solved
 
 
 def _explains(found: Found) -> tuple[int, int]:
@@ -153,7 +157,8 @@ def absent(problem: Problem, method: str = "span decoding", kernels: first_atten
         return None
     why = "the update does not hold the first attention layer's kernels"
     if any(path.endswith("/lora_b") for path in problem.observed):
-        why = "LoRA shares the gradients of low-rank factors, which hold projections of the layer's inputs only"
+        why = "LoRA shares the gradients of low-rank factors, and not the first attention layer's kernels"
+        why = why if span_lora.adapted(problem.model, problem.observed) else "no adapter in the first attention layer"
     return f"not testable by {method}: {why}"
 
 

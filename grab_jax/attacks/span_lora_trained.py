@@ -13,23 +13,26 @@ Where queries and keys have adapters, these prove sentences (`span.assemble`); q
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float
 
 from grab_jax import local_training
 from grab_jax.attacks import span_evaluation, span_training
-from grab_jax.attacks.span_evaluation import UNPROVEN, Found, only_sentence
-from grab_jax.client_config import ClientConfig
+from grab_jax.attacks.span_evaluation import SPARE, UNPROVEN, Found, only_sentence
 from grab_jax.models.layers import ADAPTER
 from grab_jax.span import assemble, attended, members, subspace
 from grab_jax.span.assemble import Assembly, Projections, Sentence
+from grab_jax.span.completion import PRUNED
 from grab_jax.span.decode import ACCEPT
 from grab_jax.span.inputs import FirstAttention
 from grab_jax.span.merged import assemble_merged
 from grab_jax.span.rows import Row
 from grab_jax.types import Problem
+
+ZERO = 1e-6
+"""Relative size below which a singular value of B is rounding."""
 
 
 class Adapters(NamedTuple):
@@ -51,38 +54,60 @@ def adapters(problem: Problem, layers: Sequence[str]) -> Adapters:
     Args:
       layers: paths of the first attention layer's linear layers that have adapters.
     """
-    sites = [problem.model.sites.get(f"{layer}/{ADAPTER}") for layer in layers] if problem.dropout else []
-    dropout = max((site.rate for site in sites if site is not None), default=0.0)
-    shared = list(layers[:1] if dropout else layers)
+    shared, dropout = _alike(problem.model, layers) if problem.dropout else (list(layers), 0.0)
     paths = [f"{layer}/lora_a" for layer in shared]
     gradients = [np.asarray(problem.observed[path], np.float64) for path in paths]
     space = span_evaluation.spectrum(problem, gradients=gradients, paths=paths, drifting=False)
-    width = problem.model.width
-    return Adapters(shared, space, min(width, sum(gradient.shape[1] for gradient in gradients)), dropout)
+    moving = local_training.several(problem)
+    held = room(problem.model, problem.trainable, layers, dropout=problem.dropout, moving=moving)
+    return Adapters(shared, space, held, dropout)
 
 
-def shown(client: ClientConfig, sentences: int, trainable: Mapping[str, Array], layers: Sequence[str]) -> bool:
-    """Whether the gradients of A are not zero: B was trained before, or there are steps after the first."""
-    steps = client.local.steps(sentences) if client.local else 1
-    return steps > 1 or any(np.asarray(trainable[f"{layer}/lora_b"]).any() for layer in layers)
+def room(model: Any, trainable: Mapping[str, Array], layers: Sequence[str], *, dropout: bool, moving: bool) -> int:
+    """How many dimensions the gradients of A hold: the ranks of B. 0 while B is zero.
+
+    Args:
+      layers: as `adapters` has them.
+      dropout: whether the client trains with dropout.
+      moving: whether there are further steps after the first, in which no B is zero.
+    """
+    shared = _alike(model, layers)[0] if dropout else layers
+    b = [np.asarray(trainable[f"{layer}/lora_b"], np.float64) for layer in shared]
+    ranks = [len(one) if moving else int(np.linalg.matrix_rank(one, tol=ZERO * np.abs(one).max())) for one in b]
+    return min(model.width, sum(ranks))
+
+
+def _alike(model: Any, layers: Sequence[str]) -> tuple[list[str], float]:
+    """Layers with the same rows as inputs under dropout, and the rate at which adapters themselves drop theirs."""
+    sites = [model.sites.get(f"{layer}/{ADAPTER}") for layer in layers]
+    dropout = max((site.rate for site in sites if site is not None), default=0.0)
+    return list(layers[:1] if dropout else layers), dropout
 
 
 def reason(problem: Problem, found: Adapters) -> str | None:
-    """Why these gradients tell nothing, or None; they are not all zero."""
+    """Why these gradients tell nothing, or None; B is not zero in every step."""
+    space = found.space
     if problem.local is not None and problem.local.optimizer == "adamw":
         return "AdamW rescales every entry of a step, so the change of the adapters has no row space"
     if found.dropout and problem.model.family == "gpt2":
         return "the adapters drop inputs that the layer norm has mixed already"
-    if found.space.wire == subspace.SIGNS:
+    if space.wire == subspace.SIGNS:
         return "the entries of the adapters' gradients are of one size, and signs alone have no low rank"
-    if found.space.rank >= found.room:
-        untold = problem.local is not None and problem.local.optimizer is None
-        other = ", or an optimizer, which was not told" if untold else ""
-        return (
-            f"the gradients of the adapters' A hold up to {found.room} tokens, and here tokens, or noise{other}, take "
-            "all of it"
-        )
-    return None
+    if space.rank == 0:
+        what = "all noise or rounding" if space.sigma or problem.local is not None else "zero or not finite"
+        return f"the gradient of the first attention layer's adapters' A is {what}"
+    if space.rank < found.room:
+        return None
+    if space.missing > PRUNED:
+        share = f"{100 * space.missing:.0f} % of the entries are missing or rounded to zero"
+        return f"{share}, so the gradients of the adapters' A have no low rank"
+    untold = problem.local is not None and problem.local.optimizer is None
+    causes = ["noise", *([f"rounding to {space.wire}"] if space.wire != "float32" else [])]
+    causes += ["an optimizer, which was not told,"] * untold
+    return (
+        f"the gradients of the adapters' A hold up to {found.room} tokens, the rank of their B, and here tokens, or "
+        f"{' or '.join(causes)}, take all of it"
+    )
 
 
 def solve(
@@ -109,23 +134,35 @@ def _without_dropout(first: FirstAttention, found: Adapters, problem: Problem, s
 
 
 def _sentences(problem: Problem, first: FirstAttention, found: Adapters, rows: list[Row]) -> Assembly:
-    """By the strongest of the three ways that the update allows."""
+    """By the strongest of the three ways that the update allows, as long as none explains more rows."""
     inputs = span_training.inputs_of(first, rows) if problem.dropout else np.stack([row.values for row in rows])
     cotangents = {} if found.dropout else _cotangents(problem, found, inputs)
     exact = not found.space.noise and not local_training.several(problem)
+    ways, singular = [], np.zeros(0)
     if cotangents.keys() >= {"query", "key"}:
-        projected = _projected(problem, first, inputs, cotangents)
-        return _by_equations(problem, projected, rows, exact)
-    alone = _alone(problem, found, rows, exact)
-    if alone or "query" not in cotangents:
-        return Assembly(alone, np.zeros(0))
-    heads = problem.model.config.num_attention_heads
-    split = lambda x: x.reshape(len(rows), heads, -1)  # noqa: E731
+        equations = _by_equations(problem, _projected(problem, first, inputs, cotangents), inputs, rows, exact)
+        ways.append([s for s in equations.sentences if _whole(problem, s.rows, rows)])
+        singular = equations.singular
+    ways.append(_alone(problem, found, rows, exact))
+    if "query" in cotangents:
+        ways.append(_attended(problem, first, inputs, cotangents["query"], rows))
+    return Assembly(max(ways, key=lambda way: len({i for sentence in way for i in sentence.rows})), singular)
+
+
+def _whole(problem: Problem, members_: Sequence[int], rows: list[Row]) -> bool:
+    """Whether rows are a sentence from its first position to its end."""
+    return bool(only_sentence({(rows[i].position, rows[i].token) for i in members_}, problem.vocabulary))
+
+
+def _attended(
+    problem: Problem, first: FirstAttention, inputs: Float[np.ndarray, "n d"], cotangent, rows: list[Row]
+) -> list[Sentence]:
+    """Sentences by what their queries attend to; none is proven."""
+    split = lambda x: x.reshape(len(rows), problem.model.config.num_attention_heads, -1)  # noqa: E731
     kernel, bias = (np.asarray(part, np.float64) for part in first.key)
-    told = attended.shares(split(cotangents["query"]), split(inputs @ kernel + bias))
+    told = attended.shares(split(cotangent), split(inputs @ kernel + bias))
     groups = attended.sentences(told, np.array([row.position for row in rows]))
-    whole = [g for g in groups if only_sentence({(rows[i].position, rows[i].token) for i in g[0]}, problem.vocabulary)]
-    return Assembly([Sentence(ids, outside, UNPROVEN) for ids, outside in whole], np.zeros(0))
+    return [Sentence(ids, outside, UNPROVEN) for ids, outside in groups if _whole(problem, ids, rows)]
 
 
 def _cotangents(
@@ -153,27 +190,34 @@ def _projected(problem: Problem, first: FirstAttention, inputs, cotangents) -> P
     return assemble.projections(inputs, gradients, first.query, first.key, problem.model.config.num_attention_heads)
 
 
-def _by_equations(problem: Problem, projected: Projections, rows: list[Row], exact: bool) -> Assembly:
+def _by_equations(
+    problem: Problem, projected: Projections, inputs: Float[np.ndarray, "n d"], rows: list[Row], exact: bool
+) -> Assembly:
     """Sentences whose equations hold, proven where neither noise nor steps between them blur these."""
     positions = np.array([row.position for row in rows])
+    matrix = assemble.equations(projected).reshape(len(rows), -1)
     if problem.dropout:
-        found = assemble.assemble(assemble.equations(projected).reshape(len(rows), -1), positions)
+        found = assemble.assemble(matrix, positions)
     else:
         tokens = np.array([row.token for row in rows])
         ends = {"cls": problem.vocabulary.cls, "sep": problem.vocabulary.sep}
         found = Assembly(assemble_merged(projected, positions, tokens, **ends), np.zeros(0))
-    return found if exact else found._replace(sentences=[s._replace(limit=UNPROVEN) for s in found.sentences])
+    if not exact:
+        return found._replace(sentences=[s._replace(limit=UNPROVEN) for s in found.sentences])
+    none = (np.zeros(problem.model.width),) * 2
+    return found._replace(sentences=[assemble.bounded(s, matrix, projected, inputs, none) for s in found.sentences])
 
 
 def _alone(problem: Problem, found: Adapters, rows: list[Row], exact: bool) -> list[Sentence]:
     """The one sentence of the batch, where its rows are all there are and every position has one token.
 
-    It is proven where its rows are, each once: another sentence would have a row of its own at position 0, or without
-    dropout at the first position where it differs.
+    It is proven where its rows are, each once, and dimensions to spare keep false ones from passing by chance: another
+    sentence would have a row of its own at position 0, or without dropout at the first position where it differs.
     """
     first_of = {(row.position, row.token): i for i, row in reversed(list(enumerate(rows)))}
     if len(rows) < found.space.rank or not only_sentence(set(first_of), problem.vocabulary):
         return []
     proven = exact and len(first_of) == len(rows) and all(row.certificate > ACCEPT for row in rows)
+    proven &= found.space.rank + SPARE <= problem.model.width
     ordered = tuple(first_of[pair] for pair in sorted(first_of))
     return [Sentence(ordered, 0.0 if proven else 1.0, assemble.WHOLE if proven else UNPROVEN)]

@@ -6,6 +6,7 @@ name; a trained head under its own name.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -31,6 +32,11 @@ _PLAIN = {"bias": "none", "use_dora": False, "rank_pattern": {}, "alpha_pattern"
 def weights(folder: str) -> Path:
     """The file of a folder that holds the factors."""
     return Path(folder) / "adapter_model.safetensors"
+
+
+def digest(folder: str) -> str:
+    """Of the factors: trained once more an adapter has the same name, and other weights."""
+    return hashlib.sha256(weights(folder).read_bytes()).hexdigest()
 
 
 def write(folder: str, model: Any, params: Params, lora: Lora, base: str = "") -> None:
