@@ -33,6 +33,8 @@ from grab_jax.types import Problem
 
 ZERO = 1e-6
 """Relative size below which a singular value of B is rounding."""
+HIDDEN = 0.2
+"""Noise of the span's weakest direction from which no row is found in it (new adapters after two local steps: 2.7)."""
 
 
 class Adapters(NamedTuple):
@@ -96,6 +98,8 @@ def reason(problem: Problem, found: Adapters) -> str | None:
     if space.rank == 0:
         what = "all noise or rounding" if space.sigma or problem.local is not None else "zero or not finite"
         return f"the gradient of the first attention layer's adapters' A is {what}"
+    if space.rank < found.room and space.noise > HIDDEN:
+        return "rounding, or noise, hides the gradient of the first attention layer's adapters' A"
     if space.rank < found.room:
         return None
     if space.missing > PRUNED:
