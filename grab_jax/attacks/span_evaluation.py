@@ -16,7 +16,7 @@ from jaxtyping import Float
 from grab_jax import defenses, local_training, tuning
 from grab_jax.attacks.last_token import Read
 from grab_jax.models import first_attention
-from grab_jax.span import assemble, context, members, noise, subspace
+from grab_jax.span import assemble, attended, context, members, noise, subspace
 from grab_jax.span.assemble import Sentence
 from grab_jax.span.inputs import FirstAttention
 from grab_jax.span.merged import assemble_merged
@@ -29,6 +29,8 @@ BLURRED = 0.03
 """Noise of the second layer's span from which it judges no more: wrong sentences are away by 0.14 or more."""
 LOOSER = ((1e-3, 5e-3), (1e-2, 5e-2), (5e-2, 0.2))
 """Residuals of null vectors and of whole sentences, looser by turns, where the update is noisy or weights moved."""
+ATTENDING = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
+"""Shares of a query's cotangent up to which a key has no part in it, looser by turns, where noise blurs these."""
 UNSURE = 0.9
 """Certificates of rows that others could replace stay below this."""
 UNPROVEN = -1.0
@@ -119,9 +121,10 @@ def solve(
     # The search that follows does better than a patient assembly.
     assembled = partial(_assembled, problem, first, gradients, likely, rescaled=bool(space.sigma))
     found = assembled(patience=4 if second is None else 0)
+    attending = partial(_attending, problem, first, gradients, likely)
     inexact = bool(space.noise) or local_training.several(problem)
     if inexact and second is None:
-        found = _loosened(problem.vocabulary, likely, found, assembled)
+        found = _loosened(problem.vocabulary, likely, found, assembled, attending())
     complete, notes = False, ()
     if second is not None:
         whole = max(whole, 1.2 * second.noise)
@@ -133,7 +136,7 @@ def solve(
         # A weak token may hide a true sentence from the second layer: shown, and not certified.
         found = found if complete else {**found, **refuted}
         if inexact and not found:
-            found = _loosened(problem.vocabulary, likely, found, assembled)
+            found = _loosened(problem.vocabulary, likely, found, assembled, attending())
         notes = ("the search for sentences stopped at its budget",) if search.spent and not complete else ()
     # Under noise a wrong sentence may be as near to the span as the right one: found, and not proven.
     proof = 0.0 if space.noise or (second is not None and second.noise) else whole
@@ -190,10 +193,11 @@ def _loosened(
     likely: Sequence[members.Member],
     found: Sentences,
     assembled: Callable[..., Sentences],
+    attending: Sequence[Sentences],
 ) -> Sentences:
     """Sentences whose equations hold but for noise, or for what moved between steps, until all rows belong to one.
 
-    None of them is proven: looser equations hold for wrong ones, too.
+    Else those of `attending`. None of them is proven: looser equations hold for wrong ones, too.
     """
     pairs = {member[:2] for member in likely}
     explained = lambda found: len({pair for ids in found for pair in enumerate(ids)})  # noqa: E731
@@ -202,7 +206,18 @@ def _loosened(
             return found
         found = max(found, assembled(patience=4, null=null, whole=whole), key=explained)
     alone = dict.fromkeys(only_sentence(pairs, vocabulary), 1.0)
-    return max(found, alone, key=explained)
+    return max(found, alone, *attending, key=explained)
+
+
+def _attending(problem: Problem, first: FirstAttention, gradients, likely: Sequence[members.Member]) -> list[Sentences]:
+    """Sentences by what the queries of single rows attend to, under looser and looser limits."""
+    inputs, positions = np.stack([member.values for member in likely]), np.array([member.position for member in likely])
+    heads = problem.model.config.num_attention_heads
+    projected = assemble.projections(inputs, gradients, first.query, first.key, heads)
+    told = attended.shares(projected.query_cotangent, projected.key)
+    tried = [attended.sentences(told, positions, nothing) for nothing in ATTENDING]
+    ids = lambda rows: only_sentence({likely[i][:2] for i in rows}, problem.vocabulary)  # noqa: E731
+    return [{one: 1.0 for rows, _ in groups for one in ids(rows)} for groups in tried]
 
 
 def only_sentence(pairs: set[tuple[int, int]], vocabulary: Vocabulary) -> list[tuple[int, ...]]:

@@ -32,14 +32,17 @@ def shares(query_cotangent: Float[np.ndarray, "n h e"], key: Float[np.ndarray, "
 
 
 def sentences(
-    shares: Float[np.ndarray, "n n"], positions: Int[np.ndarray, " n"]
+    shares: Float[np.ndarray, "n n"], positions: Int[np.ndarray, " n"], nothing: float = NOTHING
 ) -> list[tuple[tuple[int, ...], float]]:
     """Sets of rows with each position once, from 0 on, that some row attends to, the largest only.
+
+    Args:
+      nothing: share up to which a key has no part in a cotangent.
 
     Returns:
       Their rows in order of position, and the largest share that a row they belong to alone has outside of them.
     """
-    attended = [frozenset(np.flatnonzero(row > NOTHING).tolist()) | {i} for i, row in enumerate(shares)]
+    attended = [frozenset(np.flatnonzero(row > nothing).tolist()) | {i} for i, row in enumerate(shares)]
     whole = {rows for rows in attended if sorted(positions[list(rows)]) == list(range(len(rows)))}
     largest = [rows for rows in whole if not any(rows < other for other in whole)]
     ordered = sorted(tuple(sorted(rows, key=lambda i: positions[i])) for rows in largest)
