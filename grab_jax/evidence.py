@@ -172,6 +172,12 @@ def loose_rows(attacked: Sequence[Record]) -> tuple[int, int, int]:
     return sure, telling, total
 
 
+def placed(attacked: Sequence[Record]) -> tuple[int, int, int]:
+    """Tokens that rows name right, with their positions; all that they name; and how many there are."""
+    told = [record.get("placed") or {} for record in attacked]
+    return tuple(sum(one.get(key, 0) for one in told) for key in ("right", "found", "of"))
+
+
 def unused(attacked: Sequence[Record]) -> str:
     """A further sentence on the rows that belong to no sentence found; empty where there are none."""
     rows = [row for record in attacked for row in of(record).get("rows") or [] if not row.get("used", True)]

@@ -43,6 +43,7 @@ def record(
         "labels": None if result.labels is None else [int(label) for label in result.labels],
         "notes": result.notes,
         "evidence": result.evidence,
+        "placed": _placed(truth, result, tokenizer),
         "seconds": seconds,
     }
 
@@ -55,6 +56,22 @@ def _predictions(result: Result, tokenizer: Any) -> list[dict[str, Any]]:
         shown = [float(c) for i, c in zip(ids, confidence, strict=True) if int(i) not in special]
         predictions.append({"text": text, "tokens": tokens, "confidence": shown[: len(tokens)]})
     return predictions
+
+
+def _placed(truth: simulate.Simulated, result: Result, tokenizer: Any) -> dict[str, int] | None:
+    """Tokens with their positions that evidence names, without special ones: `found`, `right`, and how many are there.
+
+    None without such evidence. It is what rows tell that no sentence was put together from.
+    """
+    rows = (result.evidence or {}).get("rows")
+    if not rows:
+        return None
+    special = set(tokenizer.all_special_ids)
+    told = lambda pairs: {(int(p), int(t)) for p, t in pairs if int(t) not in special}  # noqa: E731
+    ids, real = (np.asarray(part) for part in truth.batch.batch[:2])
+    there = told((place, ids[sentence, place]) for sentence, place in np.argwhere(real))
+    found = told((row["position"], row["token"]) for row in rows)
+    return {"found": len(found), "right": len(found & there), "of": len(there)}
 
 
 def mask_scores(truth: simulate.Simulated, result: Result, sentences, predictions) -> dict[str, Any] | None:

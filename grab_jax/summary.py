@@ -112,6 +112,12 @@ def _tested(tested: list, controls: list, rows: list, seed: int) -> tuple[str, s
             f"No sentence was recovered word for word, but {sure} of the {total} input rows were found and certified, "
             "each of them a token with its position."
         )
+    right, found, there = evidence.placed(tested)
+    if outcome == NO_LEAK and right >= max(NON_TRIVIAL, found / 2):
+        return LEAK, (
+            f"No sentence was put together, but {right} of the {there} tokens were found at their positions, without a "
+            f"certificate ({found - right} other tokens were named)."
+        )
     return outcome, reason
 
 

@@ -288,6 +288,18 @@ def test_rows_left_over_beside_whole_sentences_are_told():
     assert " 2 further input rows" in verdict([span(evidence=found)])[1]
 
 
+def test_rows_without_a_certificate_or_a_sentence_are_no_clean_bill():
+    """All words of a batch with their places, in no sentence: ROUGE sees nothing of them."""
+    unsure = proofs((), rows=11)
+    unsure["rows"] = [row | {"certificate": 0.9} for row in unsure["rows"]]
+    there = {"found": 12, "right": 10, "of": 11}
+    outcome, reason = verdict([span(0, founds=[""], evidence=unsure) | {"placed": there}])
+    assert outcome == "leak shown"
+    assert "10 of the 11 tokens were found at their positions, without a certificate (2 other tokens" in reason
+    by_chance = there | {"found": 40}
+    assert verdict([span(0, founds=[""], evidence=unsure) | {"placed": by_chance}])[0] != "leak shown"
+
+
 @pytest.mark.parametrize(
     "rows",
     [
