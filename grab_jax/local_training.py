@@ -160,8 +160,12 @@ def repeated(problem: Problem) -> Local | None:
 
 def several(problem: Problem) -> bool:
     """Whether the update may be of several steps, between which the weights moved."""
-    local = problem.local
-    return local is not None and local.steps(len(problem.known.ids)) != 1
+    return local_steps(problem) != 1
+
+
+def local_steps(problem: Problem) -> int | None:
+    """Steps between the weights sent and the update; 1 if it is a gradient, None where they were not told."""
+    return 1 if problem.local is None else problem.local.steps(len(problem.known.ids))
 
 
 def matched(problem: Problem) -> Update:
@@ -174,6 +178,20 @@ def matched(problem: Problem) -> Update:
     if problem.defended.normalised:
         return {path: -value for path, value in problem.observed.items()}
     return as_gradient(problem.observed, problem.local, len(problem.known.ids))
+
+
+def mean_weights(problem: Problem) -> Update:
+    """The trainable weights in the middle of local training: averaged over its steps, as if these were alike.
+
+    A layer's inputs move with the weights before it, so the change of a layer's weights spans the inputs under the
+    mean ones but for what varies to second order. The weights sent, where the steps or the momentum were not told.
+    """
+    local, steps = problem.local, local_steps(problem)
+    if local is None or not steps or local.momentum is None or local.optimizer != "sgd":
+        return problem.trainable
+    reached = np.cumsum(np.cumsum(local.momentum ** np.arange(steps)))
+    share = float(reached[:-1].sum() / (steps * reached[-1]))
+    return {path: value + share * problem.observed.get(path, 0) for path, value in problem.trainable.items()}
 
 
 def left(problem: Problem) -> Defended:

@@ -65,11 +65,11 @@ def make(
     for batch in batches:
         by_shape.setdefault(tuple(batch.batch.ids.shape), []).append(batch.index)
     largest = max(by_shape, key=lambda shape: shape[0] * shape[1])
-    # Repeated local steps are all in memory, each with its own change of the weights, and derivatives of it.
+    # Repeated local steps are all in memory, each with its own change of the weights, and derivatives of it; a score
+    # needs one at a time.
     steps = _repeated(config)
-    one_step = 6 * steps * _activations(model, *largest) + (
-        4 * steps * config.client.count * shared if steps > 1 else 0
-    )
+    moved = config.client.count * shared if steps > 1 else 0
+    one_step = 6 * steps * _activations(model, *largest) + 4 * steps * moved
     budget = 0.6 * memory - 2 * shared
     most = min(config.run.group, -(-len(batches) // world.count))
     if not config.attack.searches:
@@ -77,7 +77,8 @@ def make(
     size = int(max(1, min(most, budget // (shared + config.attack.restarts * one_step))))
     fit = int(max(1, min(config.attack.restarts, (budget - size * shared) // (size * one_step))))
     together = config.attack.together or fit
-    one_score = 2 * _activations(model, *largest) + _looked_up(model, trainable) + _judged(config, model, *largest)
+    one_score = 2 * _activations(model, *largest) + 3 * moved  # measured: weights, their change, and the gradient
+    one_score += _looked_up(model, trainable) + _judged(config, model, *largest)
     chunk = config.attack.chunk or int(max(1, min(MOST_CHUNK, (budget - size * shared) // one_score)))
     groups = [
         Group(shape, members) for shape, own in _share(by_shape, most, world).items() for members in _cut(own, size)

@@ -293,3 +293,56 @@ def test_settings_that_would_be_ignored_are_refused(settings, said):
 def test_local_training_needs_fedavg():
     with pytest.raises(InputError, match="--client_epochs=2 needs --client_algorithm=fedavg"):
         ClientConfig(epochs=2)
+
+
+# --- the weights in the middle --------------------------------------------------------------------------------------
+
+
+def with_local(truth, **changed):
+    return truth.problem._replace(local=dataclasses.replace(truth.problem.local, **changed))
+
+
+@pytest.mark.parametrize(("steps", "momentum"), [(1, 0.0), (2, 0.0), (5, 0.0), (4, 0.9)])
+def test_mean_weights_are_those_of_equal_steps(steps, momentum):
+    """Against SGD itself, under a gradient that stays the same."""
+    sgd = optax.sgd(0.1, momentum=momentum or None)
+    weight, reached = jnp.array([1.0, -2.0]), []
+    state = sgd.init(weight)
+    for _ in range(steps):
+        reached.append(weight)
+        change, state = sgd.update(jnp.array([3.0, 5.0]), state)
+        weight = weight + change
+    truth, _ = tiny_truth(epochs=steps, momentum=momentum)
+    problem = truth.problem._replace(
+        trainable={"w": reached[0], "frozen": jnp.zeros(1)}, observed={"w": weight - reached[0]}
+    )
+    found = local_training.mean_weights(problem)
+    np.testing.assert_allclose(found["w"], np.mean(reached, axis=0), rtol=1e-5)
+    np.testing.assert_array_equal(found["frozen"], 0)
+
+
+@pytest.mark.parametrize("untold", ["epochs", "batch", "momentum", "optimizer"])
+def test_mean_weights_are_those_sent_where_the_training_is_not_told(untold):
+    truth, _ = tiny_truth(epochs=2)
+    problem = with_local(truth, **{untold: None})
+    assert local_training.mean_weights(problem) is problem.trainable
+
+
+def tiny_truth(**client_settings):
+    model, params = random_model("bert", layers=1)
+    parts = tuning.split(params, tuning.freezes(model, "embeddings"))
+    return simulated((model, *parts), algorithm="fedavg", lr=0.01, dropout=0.0, **client_settings), model
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 4])
+def test_changes_of_weights_prove_sentences_where_a_second_layer_judges(epochs):
+    """Small steps: the first layer's equations are blurred by rounding, the second layer's span is not."""
+    model, params = random_model("bert", layers=3)
+    parts = tuning.split(params, tuning.freezes(model, "embeddings"))
+    truth = simulated((model, *parts), algorithm="fedavg", epochs=epochs, lr=1e-3, dropout=0.0)
+    result = span.recover(truth.problem, 0)
+    expected = {tuple(row[real].tolist()) for row, real in zip(np.asarray(IDS), np.asarray(REAL), strict=True)}
+    found = [tuple(ids[sure > 0].tolist()) for ids, sure in zip(result.ids, result.confidence, strict=True)]
+    assert set(found) == expected
+    assert all(proof["certified"] for proof in result.evidence["sentences"])
+    assert result.evidence["contextual"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from grab_jax import plan
 from grab_jax.attack_config import AttackConfig
-from grab_jax.config import Config, RunConfig
+from grab_jax.config import ClientConfig, Config, RunConfig
 from grab_jax.data import ClientBatch
 from grab_jax.sharding import World
 from grab_jax.types import Batch
@@ -52,6 +52,16 @@ def test_groups_partition_the_batches(lengths, group):
         assert list(g.members) == sorted(g.members)
         assert 1 <= len(g.members) <= group
     assert len(groups) == sum(-(-lengths.count(length) // group) for length in set(lengths))
+
+
+def test_scores_of_repeated_local_steps_hold_the_weights_that_moved():
+    """Three copies of the shared tensors a candidate: 10 candidates fit no more where there are two epochs."""
+    one, two = (
+        dataclasses.replace(config(230_000.5), client=ClientConfig(algorithm="fedavg", epochs=epochs))
+        for epochs in (1, 2)
+    )
+    assert make(one, [8]).chunk == (138_000 - 3 * SHARED) // (2 * ACTIVATIONS)
+    assert make(two, [8]).chunk == (138_000 - 3 * SHARED) // (2 * ACTIVATIONS + 3 * SHARED)
 
 
 def test_sizes_by_hand():

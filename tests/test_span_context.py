@@ -61,7 +61,7 @@ def test_all_sentences_are_found():
     search = searched(notify=lambda *counts: seen.append(counts))
     assert search.draw(choices(*SENTENCES)) == len(SENTENCES)
     assert set(search.found) == set(SENTENCES)
-    assert max(search.found.values()) < 1e-5
+    assert all(seen.residual < 1e-5 and seen.limit == WHOLE for seen in search.found.values())
     assert search.complete
     total = sum(map(len, SENTENCES))
     assert seen
@@ -88,6 +88,21 @@ def test_whole_is_the_residual_that_a_sentence_stays_below():
     search = context.Search(layer(*SENTENCES), cls=CLS, sep=SEP, whole=1e-9)
     assert search.draw(choices(*SENTENCES)) == 0
     assert search.found == {}
+
+
+@pytest.mark.parametrize(("noise", "found", "proven"), [(1e-3, True, True), (1e-2, True, False), (0.1, False, False)])
+def test_noise_widens_the_limits_of_a_sentence_until_it_proves_nothing_and_tells_nothing(noise, found, proven):
+    """The basis is turned by `noise`, as is told; from `HALF` on a wrong sentence could be as near."""
+    second = layer(*SENTENCES)
+    moved = second.basis + noise / np.sqrt(WIDTH) * np.random.default_rng(2).normal(size=second.basis.shape)
+    second = second._replace(basis=np.linalg.qr(moved)[0], bounds=np.full(moved.shape[1], noise))
+    search = context.Search(second, cls=CLS, sep=SEP, whole=WHOLE)
+    away = search.check(SENTENCES[0])
+    assert WHOLE < away < context.ROOM * noise
+    assert search.check((CLS, 5, 6, 20, SEP)) > context.HALF
+    assert list(search.found) == ([SENTENCES[0]] if found else [])
+    if found:
+        assert (away <= search.found[SENTENCES[0]].limit) == proven
 
 
 def test_nothing_is_tried_once_all_tokens_are_found_or_the_budget_is_used():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grab_jax.span import decode, inputs, members, scaling
+from grab_jax.span import decode, inputs, members, scaling, subspace
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 WIDTH, VOCABULARY, PLACES = 96, 300, 12
@@ -253,6 +253,23 @@ def test_other_spaces_have_no_members():
     planted = plant(rate=0.0)
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=planted.basis.shape))[0]
     assert members.members(planted.first, basis, [planted.gradient]) == []
+
+
+def test_members_under_noise_are_those_that_noise_explains_row_by_row():
+    """A row of small cotangents lets noise turn one direction by much: rows along the others are told all the same."""
+    planted, rng = plant(rate=0.0), np.random.default_rng(4)
+    sizes = np.where(np.arange(len(planted.values)) == 5, 2e-3, 1.0)[:, None]
+    gradient = planted.values.T @ (sizes * rng.normal(size=(len(sizes), 3 * WIDTH)))
+    noise = 2e-5 * np.abs(gradient).max() * np.ones_like(gradient)
+    sent = gradient + noise * rng.normal(size=gradient.shape)
+    space = subspace.spectrum([sent], rounded=noise)
+    inside = [
+        {m[:2] for m in members.members(planted.first, space.basis, [sent], bounds=bounds) if m.within(members.NEAR)}
+        for bounds in (space.bounds, np.full(space.rank, space.noise))
+    ]
+    assert space.rank == len(planted.pairs)
+    assert space.noise > 0.02
+    assert set(planted.pairs) <= inside[0] < inside[1]
 
 
 def test_members_notify_counts_up_to_the_rank():

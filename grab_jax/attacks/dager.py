@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from grab_jax import local_training
 from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import span, span_evaluation
 from grab_jax.attacks.span_evaluation import SPARE, UNSURE, Found
@@ -123,7 +124,8 @@ def not_testable(problem: Problem, spans: Spans) -> str | None:
 
 def survivors(problem: Problem, config: AttackConfig, spans: Spans, notify: span.Notify) -> dict[int, list[Member]]:
     """Tokens of the vocabulary in the first layer's span, the nearest first, up to the first position without any."""
-    first = first_attention.describe(problem.model, {**problem.frozen, **problem.trainable})._replace(rate=0.0)
+    weights = {**problem.frozen, **local_training.mean_weights(problem)}
+    first = first_attention.describe(problem.model, weights)._replace(rate=0.0)
     basis, bounds = spans.basis(spans.first, config.dager_spare)
     least, bounds = _threshold(config.dager_near, ROUNDING[0], bounds)
     near: dict[int, list[Member]] = {}

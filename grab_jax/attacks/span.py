@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from grab_jax import local_training
 from grab_jax.attack_config import AttackConfig
 from grab_jax.attacks import last_token, span_evaluation, span_lora, span_lora_trained, span_training
 from grab_jax.attacks.span_evaluation import Found
@@ -77,7 +78,7 @@ def recover(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> Re
 def decoded(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> tuple[subspace.Spectrum, Found]:
     """What a client batch's update holds: its spectrum, then rows and sentences, none where it is not testable."""
     model = problem.model
-    first = first_attention.describe(model, {**problem.frozen, **problem.trainable})
+    first = first_attention.describe(model, {**problem.frozen, **local_training.mean_weights(problem)})
     if not problem.dropout:
         first = first._replace(rate=0.0)
     if factors := span_lora.factors(problem):

@@ -17,7 +17,7 @@ from grab_jax import defenses, local_training, tuning
 from grab_jax.attacks.last_token import Read
 from grab_jax.models import first_attention
 from grab_jax.span import assemble, attended, context, members, noise, subspace
-from grab_jax.span.assemble import Sentence
+from grab_jax.span.assemble import UNPROVEN, Sentence
 from grab_jax.span.inputs import FirstAttention
 from grab_jax.span.merged import assemble_merged
 from grab_jax.span.rows import Row
@@ -26,18 +26,18 @@ from grab_jax.types import Problem, Vocabulary
 SPARE = 32
 """Dimensions that the second layer's gradient must leave free: then no wrong sentence lies in its span by chance."""
 BLURRED = 0.03
-"""Noise of the second layer's span from which it judges no more: wrong sentences are away by 0.14 or more."""
+"""Noise of the second layer's span (root mean square) from which it judges no more: see `context.HALF`."""
 LOOSER = ((1e-3, 5e-3), (1e-2, 5e-2), (5e-2, 0.2))
 """Residuals of null vectors and of whole sentences, looser by turns, where the update is noisy or weights moved."""
 ATTENDING = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 """Shares of a query's cotangent up to which a key has no part in it, looser by turns, where noise blurs these."""
 UNSURE = 0.9
 """Certificates of rows that others could replace stay below this."""
-UNPROVEN = -1.0
-"""Limit of a sentence that no residual proves."""
 
-Sentences = dict[tuple[int, ...], float]
-"""The tokens of sentences found, and their residuals."""
+Sentences = dict[tuple[int, ...], context.Judged]
+"""The tokens of sentences found, their residuals, and the limits of these."""
+UNKNOWN = context.Judged(1.0, UNPROVEN)
+"""Of a sentence of which no residual was measured."""
 
 
 class Found(NamedTuple):
@@ -113,34 +113,38 @@ def solve(
       space: span of `gradients`, those of the first layer's kernels.
       whole: largest residual of a proven sentence.
     """
-    near = members.members(first, space.basis, gradients, noise=space.noise, seed=seed, notify=notify)
-    likely = members.independent(near, space.basis, space.noise)
+    near = members.members(
+        first, space.basis, gradients, bounds=space.bounds, sent=sent(problem), seed=seed, notify=notify
+    )
+    likely = members.independent(near, space.basis)
     if not likely:
         return Found([], [])
     second = judge(problem, len(likely))
-    # The search that follows does better than a patient assembly.
-    assembled = partial(_assembled, problem, first, gradients, likely, rescaled=bool(space.sigma))
-    found = assembled(patience=4 if second is None else 0)
-    attending = partial(_attending, problem, first, gradients, likely)
     inexact = bool(space.noise) or local_training.several(problem)
-    if inexact and second is None:
-        found = _loosened(problem.vocabulary, likely, found, assembled, attending())
-    complete, notes = False, ()
+    # Under noise the equations of a wrong sentence may hold as well as those of the right one.
+    proof = UNPROVEN if inexact else whole
+    assembled = partial(_assembled, problem, first, gradients, likely, rescaled=bool(space.sigma), proof=proof)
+    attending = partial(_attending, problem, first, gradients, likely)
+    # The search by the second layer does better than a patient assembly.
+    found, complete, notes = assembled(patience=4 if second is None else 0), False, ()
     if second is not None:
-        whole = max(whole, 1.2 * second.noise)
         ends = {"cls": problem.vocabulary.cls, "sep": problem.vocabulary.sep}
         search = context.Search(second, whole=whole, seed=seed, notify=notify, **ends)
-        refuted = {ids: away for ids in found if (away := search.check(ids)) >= whole}
-        _search(search, near, likely)
-        complete, found = search.complete, search.found
-        # A weak token may hide a true sentence from the second layer: shown, and not certified.
-        found = found if complete else {**found, **refuted}
-        if inexact and not found:
-            found = _loosened(problem.vocabulary, likely, found, assembled, attending())
+        found = _judged(search, found, near, likely)
+        complete = search.complete
         notes = ("the search for sentences stopped at its budget",) if search.spent and not complete else ()
-    # Under noise a wrong sentence may be as near to the span as the right one: found, and not proven.
-    proof = 0.0 if space.noise or (second is not None and second.noise) else whole
-    return Found(*_listed(near, likely, found, proof, complete), second is not None, notes)
+    if inexact and second is not None and found and not complete:
+        found = _with_others(found, max(attending(), key=_explained))
+    elif inexact and not complete:
+        found = _loosened(problem.vocabulary, likely, found, assembled, attending())
+    return Found(*_listed(near, likely, found, complete), second is not None, notes)
+
+
+def sent(problem: Problem) -> FirstAttention | None:
+    """The first attention layer as sent, where several local steps moved it."""
+    if not local_training.several(problem):
+        return None
+    return first_attention.describe(problem.model, {**problem.frozen, **problem.trainable})
 
 
 def judge(problem: Problem, rows: int) -> context.Second | None:
@@ -153,27 +157,35 @@ def judge(problem: Problem, rows: int) -> context.Second | None:
         return None
     if not set(first_attention.paths(model, 1)) <= problem.observed.keys():
         return None
-    if local_training.several(problem):  # which move the first layer, and with it the second's inputs
+    if local_training.local_steps(problem) is None:  # nor is told how far they moved the layer's inputs
         return None
     found = spectrum(problem, 1)
-    if not rows <= found.rank <= model.width - SPARE or found.noise > BLURRED:
+    if not rows <= found.rank <= model.width - SPARE or np.sqrt((found.bounds**2).mean()) > BLURRED:
         return None
-    return second_layer(problem)._replace(basis=found.basis, noise=found.noise)
+    return second_layer(problem)._replace(basis=found.basis, bounds=found.bounds)
 
 
 def second_layer(problem: Problem) -> context.Second:
     """The second attention layer's inputs of given sentences, with an empty span."""
-    model, params = problem.model, tuning.merge(problem.trainable, problem.frozen)
+    model, params = problem.model, tuning.merge(local_training.mean_weights(problem), problem.frozen)
     inputs = lambda ids, real: first_attention.inputs(model, params, ids, real, layer=1)  # noqa: E731
     return context.Second(inputs, np.zeros((model.width, 0)))
 
 
 def _assembled(
-    problem: Problem, first: FirstAttention, gradients, likely: Sequence[members.Member], *, rescaled: bool, **limits
+    problem: Problem,
+    first: FirstAttention,
+    gradients,
+    likely: Sequence[members.Member],
+    *,
+    rescaled: bool,
+    proof: float,
+    **limits,
 ) -> Sentences:
     """Sentences whose equations hold within the limits of `assemble_merged`, with their residuals.
 
-    `rescaled` allows for tensors that were brought to one size each, before noise was added to them.
+    `rescaled` allows for tensors that were brought to one size each, before noise was added to them. Residuals up to
+    `proof` prove.
     """
     inputs = np.stack([member.values for member in likely])
     heads = problem.model.config.num_attention_heads
@@ -185,7 +197,8 @@ def _assembled(
     tokens = np.array([member.token for member in likely])
     ends = {"cls": problem.vocabulary.cls, "sep": problem.vocabulary.sep}
     sentences = assemble_merged(projected, positions, tokens, **limits, **ends)
-    return {tuple(likely[i].token for i in sentence.rows): sentence.residual for sentence in sentences}
+    judged = [context.Judged(sentence.residual, proof) for sentence in sentences]
+    return {tuple(likely[i].token for i in s.rows): seen for s, seen in zip(sentences, judged, strict=True)}
 
 
 def _loosened(
@@ -200,13 +213,17 @@ def _loosened(
     Else those of `attending`. None of them is proven: looser equations hold for wrong ones, too.
     """
     pairs = {member[:2] for member in likely}
-    explained = lambda found: len({pair for ids in found for pair in enumerate(ids)})  # noqa: E731
     for null, whole in LOOSER:
-        if explained(found) == len(pairs):
+        if _explained(found) == len(pairs):
             return found
-        found = max(found, assembled(patience=4, null=null, whole=whole), key=explained)
-    alone = dict.fromkeys(only_sentence(pairs, vocabulary), 1.0)
-    return max(found, alone, *attending, key=explained)
+        found = max(found, assembled(patience=4, null=null, whole=whole), key=_explained)
+    alone = dict.fromkeys(only_sentence(pairs, vocabulary), UNKNOWN)
+    return max(found, alone, *attending, key=_explained)
+
+
+def _explained(found: Sentences) -> int:
+    """How many rows belong to sentences."""
+    return len({pair for ids in found for pair in enumerate(ids)})
 
 
 def _attending(problem: Problem, first: FirstAttention, gradients, likely: Sequence[members.Member]) -> list[Sentences]:
@@ -217,7 +234,7 @@ def _attending(problem: Problem, first: FirstAttention, gradients, likely: Seque
     told = attended.shares(projected.query_cotangent, projected.key)
     tried = [attended.sentences(told, positions, nothing) for nothing in ATTENDING]
     ids = lambda rows: only_sentence({likely[i][:2] for i in rows}, problem.vocabulary)  # noqa: E731
-    return [{one: 1.0 for rows, _ in groups for one in ids(rows)} for groups in tried]
+    return [{one: UNKNOWN for rows, _ in groups for one in ids(rows)} for groups in tried]
 
 
 def only_sentence(pairs: set[tuple[int, int]], vocabulary: Vocabulary) -> list[tuple[int, ...]]:
@@ -228,12 +245,31 @@ def only_sentence(pairs: set[tuple[int, int]], vocabulary: Vocabulary) -> list[t
     return [ids] if whole and all(end in (None, token) for end, token in ends) else []
 
 
+def _with_others(found: Sentences, others: Sentences) -> Sentences:
+    """`found`, and of `others` the sentences with a row that none of it has."""
+    held = {pair for ids in found for pair in enumerate(ids)}
+    return {**{ids: seen for ids, seen in others.items() if not held.issuperset(enumerate(ids))}, **found}
+
+
+def _judged(
+    search: context.Search, assembled: Sentences, near: Sequence[members.Member], likely: Sequence[members.Member]
+) -> Sentences:
+    """Sentences by the second layer; those of `assembled` that it refutes are shown, and not proven.
+
+    A weak token may hide a true sentence from it.
+    """
+    checked = {ids: context.Judged(search.check(ids), UNPROVEN) for ids in assembled}
+    _search(search, near, likely)
+    return search.found if search.complete else {**checked, **search.found}
+
+
 def _search(search: context.Search, near: Sequence[members.Member], likely: Sequence[members.Member]) -> None:
-    """Among the likely rows first, then among all near the span, as long as that finds sentences."""
+    """Among the likely rows first, then among all in the span and all near it, as long as that finds sentences."""
     chosen = {member[:2] for member in likely}
-    narrow, wide = _choices(m for m in near if m.share or m[:2] in chosen), _choices(near)
+    narrow = _choices(m for m in near if m.share or m[:2] in chosen)
+    inside, wide = _choices(m for m in near if m.within(members.NEAR)), _choices(near)
     search.draw(narrow)
-    while not search.complete and (search.draw(narrow) or search.widen(wide)):
+    while not search.complete and (search.draw(narrow) or search.widen(inside) or search.widen(wide)):
         pass
 
 
@@ -244,17 +280,14 @@ def _choices(near: Iterable[members.Member]) -> dict[int, list[int]]:
     return found
 
 
-def _listed(near, likely, found: Sentences, proof: float, complete: bool):
-    """Rows and sentences as lists: the rows of sentences, then, unless these are all, the other likely ones.
-
-    A sentence with a residual below `proof` is proven.
-    """
+def _listed(near, likely, found: Sentences, complete: bool):
+    """Rows and sentences as lists: the rows of sentences, then, unless these are all, the other likely ones."""
     used = {pair for ids in found for pair in enumerate(ids)}
-    sure = {pair for ids, away in found.items() if away < proof for pair in enumerate(ids)}
+    sure = {pair for ids, seen in found.items() if seen.residual <= seen.limit for pair in enumerate(ids)}
     rows = [row(m, m.sure or m[:2] in sure) for m in near if m[:2] in used]
     rows += [row(m, m.sure) for m in likely if m[:2] not in used and not complete]
     number = {row[:2]: i for i, row in enumerate(rows)}
-    return rows, [Sentence(tuple(number[pair] for pair in enumerate(ids)), away, proof) for ids, away in found.items()]
+    return rows, [Sentence(tuple(number[pair] for pair in enumerate(ids)), *seen) for ids, seen in found.items()]
 
 
 def row(member: members.Member, sure: bool) -> Row:

@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Float
 
 from grab_jax import local_training
-from grab_jax.attacks.span_evaluation import UNPROVEN, UNSURE, Found, blocks_rounding, only_sentence
+from grab_jax.attacks.span_evaluation import UNSURE, Found, blocks_rounding, only_sentence
 from grab_jax.models import first_attention
 from grab_jax.span import attended, members, pursuit, subspace
-from grab_jax.span.assemble import Sentence
+from grab_jax.span.assemble import UNPROVEN, Sentence
 from grab_jax.span.completion import PRUNED
 from grab_jax.span.inputs import FirstAttention
 from grab_jax.span.members import Member
@@ -28,7 +28,7 @@ from grab_jax.types import Problem
 
 NEAR = 1e-3
 """Relative residual of a true row at most: measured up to 1.4e-4, and from 0.019 for the nearest other token."""
-INDEPENDENT = 1e-4
+INDEPENDENT = 2e-4
 """Relative size of what raises the rank of rows already chosen."""
 CONDITIONS = 8
 """Fewest linear conditions that tell tokens apart."""

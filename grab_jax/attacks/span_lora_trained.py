@@ -20,10 +20,10 @@ from jaxtyping import Array, Float
 
 from grab_jax import local_training
 from grab_jax.attacks import span_evaluation, span_training
-from grab_jax.attacks.span_evaluation import SPARE, UNPROVEN, Found, only_sentence
+from grab_jax.attacks.span_evaluation import SPARE, Found, only_sentence
 from grab_jax.models.layers import ADAPTER
 from grab_jax.span import assemble, attended, members, subspace
-from grab_jax.span.assemble import Assembly, Projections, Sentence
+from grab_jax.span.assemble import UNPROVEN, Assembly, Projections, Sentence
 from grab_jax.span.completion import PRUNED
 from grab_jax.span.decode import ACCEPT
 from grab_jax.span.inputs import FirstAttention
@@ -133,8 +133,9 @@ def solve(
 def _without_dropout(first: FirstAttention, found: Adapters, problem: Problem, seed: int, notify) -> list[Row]:
     gradients = [np.asarray(problem.observed[f"{layer}/lora_a"], np.float64) for layer in found.layers]
     space = found.space
-    near = members.members(first, space.basis, gradients, noise=space.noise, seed=seed, notify=notify)
-    return [span_evaluation.row(m, m.sure) for m in members.independent(near, space.basis, space.noise)]
+    sent = span_evaluation.sent(problem)
+    near = members.members(first, space.basis, gradients, bounds=space.bounds, sent=sent, seed=seed, notify=notify)
+    return [span_evaluation.row(m, m.sure) for m in members.independent(near, space.basis)]
 
 
 def _sentences(problem: Problem, first: FirstAttention, found: Adapters, rows: list[Row]) -> Assembly:

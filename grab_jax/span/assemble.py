@@ -22,6 +22,9 @@ from scipy.optimize import linear_sum_assignment
 WHOLE = 1e-3
 """Largest residual of a proven sentence without noise: right ones are below 1e-5, wrong ones above 1e-2."""
 
+UNPROVEN = -1.0
+"""Limit of a sentence that no residual proves."""
+
 
 class Sentence(NamedTuple):
     """Rows of one sentence in order of position.

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from grab_jax.span.assemble import UNPROVEN
+from grab_jax.span.members import ROOM
 from grab_jax.span.scaling import bucket, filled
 
 MOST = 1024
@@ -27,6 +29,10 @@ BUDGET = 20_000_000
 """Tokens of all sentences tried for one client batch."""
 FLOOR = 1e-6
 """Residuals below this are rounding: they all count alike."""
+HALF = 0.06
+"""Residuals above this are those of a wrong sentence, whatever noise there is: these are away by 0.12 or more."""
+PROVES = 0.03
+"""Limit of residuals up to which it proves a sentence."""
 
 Choices = Mapping[int, Sequence[int]]
 """Tokens that may stand at a position."""
@@ -35,12 +41,11 @@ Choices = Mapping[int, Sequence[int]]
 class Second(NamedTuple):
     """The second attention layer: its inputs of given sentences, and the span of its gradient's columns.
 
-    `noise` is how far noise moves a unit vector of that span, `bounds` how far at most along each basis vector.
+    `bounds` are how far noise moves each vector of its basis.
     """
 
     inputs: Callable[[Int[np.ndarray, "n t"], Bool[np.ndarray, "n t"]], Float[Array, "n t d"]]
     basis: Float[np.ndarray, "d r"]
-    noise: float = 0.0
     bounds: Float[np.ndarray, " r"] | None = None
 
     def residuals(
@@ -55,7 +60,7 @@ class Second(NamedTuple):
     def measured(
         self, ids: Int[np.ndarray, "n t"], tick: Callable[[], None] = lambda: None
     ) -> Float[np.ndarray, "2 n t"]:
-        """`residuals`, and the most that noise within `bounds` makes of a token that is in the span."""
+        """`residuals`, and what noise of size `bounds` makes of a token that is in the span."""
         count, length = ids.shape
         width = bucket(length, 8)
         basis, known = jnp.asarray(filled(self.basis)), () if self.bounds is None else self.bounds
@@ -82,6 +87,13 @@ def _outside(x: Float[Array, "n t d"], basis: Float[Array, "d r"], bounds: Float
     return jnp.stack([jnp.linalg.norm(part, axis=-1) for part in parts]) / jnp.linalg.norm(x, axis=-1)[None]
 
 
+class Judged(NamedTuple):
+    """The largest residual of a sentence, and the limit up to which it proves the sentence."""
+
+    residual: float
+    limit: float
+
+
 class Search:
     """Sentences whose inputs all lie in the span of the second layer's gradient.
 
@@ -90,7 +102,7 @@ class Search:
     Args:
       cls: first token of a sentence.
       sep: last token of a sentence; its positions are the lengths tried.
-      whole: residual below which a sentence is found.
+      whole: residual below which a sentence is found, where noise does not move its inputs further.
       notify: called with (tokens found, tokens of the batch).
     """
 
@@ -105,7 +117,7 @@ class Search:
         budget: int = BUDGET,
         notify: Callable[[int, int], None] = lambda found, total: None,
     ):
-        self.found: dict[tuple[int, ...], float] = {}
+        self.found: dict[tuple[int, ...], Judged] = {}
         self._second, self._cls, self._sep, self._whole, self._notify = second, cls, sep, whole, notify
         self._generator = np.random.default_rng(seed)
         self.reached: dict[int, Int[np.ndarray, "n t"]] = {}
@@ -129,10 +141,16 @@ class Search:
 
     def check(self, sentence: tuple[int, ...]) -> float:
         """Add a sentence if it is one; returns its largest residual."""
-        away = float(self._second.residuals(np.array([sentence], np.int32)).max())
-        if away < self._whole:
-            self.found[sentence] = away
-        return away
+        away, noise = self._second.measured(np.array([sentence], np.int32))[:, 0]
+        limits = self._limits(noise)
+        if (away < limits).all():
+            most = float(limits.max())
+            self.found[sentence] = Judged(float(away.max()), most if most <= PROVES else UNPROVEN)
+        return float(away.max())
+
+    def _limits(self, noise: Float[np.ndarray, "*n t"]) -> Float[np.ndarray, "*n t"]:
+        """Residuals below which tokens belong to a sentence, by what noise makes of each."""
+        return np.maximum(self._whole, np.minimum(ROOM * noise, HALF))
 
     def draw(self, choices: Choices, starts: int = 32) -> int:
         """Climb from random sentences of every length; returns how many new ones were found."""
@@ -167,8 +185,12 @@ class Search:
         return [np.array(tokens, np.int32) for tokens in (first, *inner, [self._sep])]
 
     def _drawn(self, table: Sequence[np.ndarray], count: int) -> Int[np.ndarray, "n t"]:
-        """Random sentences."""
-        return np.stack([self._generator.choice(tokens, count) for tokens in table], axis=1)
+        """Random sentences, half of them of tokens that at their places no sentence found has, where there are such."""
+        used = {pair for ids in self.found for pair in enumerate(ids)}
+        fresh = [[t for t in tokens.tolist() if (p, t) not in used] for p, tokens in enumerate(table)]
+        halves = (count - count // 2, [new or old for new, old in zip(fresh, table, strict=True)]), (count // 2, table)
+        drawn = [[self._generator.choice(tokens, many) for tokens in choices] for many, choices in halves]
+        return np.concatenate([np.stack(columns, axis=1) for columns in drawn]).astype(np.int32)
 
     def _climb(self, sentences: Int[np.ndarray, "n t"], table: Sequence[np.ndarray], sweeps: int = 8):
         """Better tokens, one position at a time, until nothing changes; the sentences reached, the best first."""
@@ -191,9 +213,10 @@ class Search:
         tries = np.repeat(sentences[:, None], len(tokens), axis=1)
         tries[:, :, position] = tokens
         self._left -= tries.size
-        residuals = self._second.residuals(tries.reshape(-1, length), self._tick).reshape(n, len(tokens), length)
-        score = np.log(np.maximum(residuals, max(FLOOR, self._second.noise))).mean(-1)
-        for hit in tries[residuals.max(-1) < self._whole]:
+        measured = self._second.measured(tries.reshape(-1, length), self._tick)
+        residuals, noise = measured.reshape(2, n, len(tokens), length)
+        score = np.log(np.maximum(residuals, np.maximum(FLOOR, noise))).mean(-1)
+        for hit in tries[(residuals < self._limits(noise)).all(-1)]:
             self.check(tuple(hit.tolist()))
         for done in (np.array(s) for s in self.found if len(s) == length):
             score[(tries == done).all(-1)] = 0.0

@@ -26,13 +26,18 @@ FAR = 1e-4
 """Relative residual no member reaches: two positions in a row without any below it end the scan."""
 NEAR = 1e-5
 """Relative residual below which a row may be a member whatever its rank: measured 1e-7 for true rows."""
+MOVED = 0.1
+"""How far away, relative to its size, a row is sought that local training moved."""
+ROOM = 5.0
+"""How many times the noise's root mean square a member may be away: measured 1.1, after several local steps 3.3."""
 
 
 class Member(NamedTuple):
     """A layer input in or near the span: `values` after any later norm, `away` its relative residual.
 
     `share` is the part of `pursuit`'s solutions that use it, `size` its part of the gradient in the first of them;
-    `sure` says that the other members cannot replace it, so the gradient's span proves it.
+    `sure` says that the other members cannot replace it, so the gradient's span proves it. `noise` is how far the
+    noise of the span moves it (root mean square).
     """
 
     position: int
@@ -42,6 +47,11 @@ class Member(NamedTuple):
     share: float = 0.0
     size: float = 0.0
     sure: bool = False
+    noise: float = 0.0
+
+    def within(self, least: float, times: float = 1.0) -> bool:
+        """Whether it is away by less than `least`, or than noise explains, or by less than so many times as much."""
+        return self.away < times * max(least, ROOM * self.noise)
 
 
 def members(
@@ -49,7 +59,8 @@ def members(
     basis: Float[np.ndarray, "d r"],
     gradients: Sequence[Float[np.ndarray, "d o"]],
     *,
-    noise: float = 0.0,
+    bounds: Float[np.ndarray, " r"] | None = None,
+    sent: FirstAttention | None = None,
     seed: int = 0,
     notify: Callable[[int, int], None] = lambda found, rank: None,
 ) -> list[Member]:
@@ -57,27 +68,44 @@ def members(
 
     Args:
       gradients: kernels' gradients whose columns span `basis`.
-      noise: how far noise moves a unit vector of the span; where it is visible, no row is `sure`.
+      bounds: how far noise moves each vector of `basis` (root mean square); where it is visible, no row is `sure`.
+      sent: the layer with the weights sent, where `first` has those in the middle of local training: a member may be
+        away by what lies between.
       seed: of the random starts of `pursuit`.
       notify: called with (positions' rows found so far, rank).
     """
-    inner, outer = max(NEAR, 1.2 * noise), max(FAR, 3 * noise)
+    noises = np.zeros(basis.shape[1]) if bounds is None else bounds
+    widest = 10 * max(FAR, ROOM * float(noises.max(initial=0.0))) + (MOVED if sent else 0.0)
     near: list[Member] = []
     for position in range(len(first.places)):
-        near += at_position(first, basis, position, 10 * outer)
-        notify(min(basis.shape[1], sum(m.away < inner for m in near)), basis.shape[1])
-        if position > 2 and not any(m.position >= position - 1 and m.away < outer for m in near):
+        here = _blurred(at_position(first, basis, position, widest), basis, noises, sent)
+        near += [m for m in here if m.within(FAR, 10.0)]
+        notify(min(basis.shape[1], sum(m.within(NEAR) for m in near)), basis.shape[1])
+        if position > 2 and not any(m.position >= position - 1 and m.within(FAR) for m in near):
             break
     tick = lambda: notify(min(basis.shape[1], len(near)), basis.shape[1])  # noqa: E731
-    inside = [m for m in near if m.away < inner]
-    outside = sorted((m for m in near if m.away >= inner), key=lambda m: m.away)
+    inside = [m for m in near if m.within(NEAR)]
+    outside = sorted((m for m in near if not m.within(NEAR)), key=lambda m: m.away)
     if inside:
         rows = np.stack([m.values for m in inside]) @ basis
         shares, sizes = pursuit.solutions(rows, [basis.T @ g for g in gradients], seed=seed, tick=tick)
-        sure = irreplaceable(rows) if inner == NEAR else np.zeros(len(rows), bool)
+        sure = np.zeros(len(rows), bool) if noises.any() else irreplaceable(rows)
         told = zip(inside, shares, sizes, sure, strict=True)
         inside = [m._replace(share=float(s), size=float(z), sure=bool(c)) for m, s, z, c in told]
     return sorted(inside, key=lambda m: -m.size) + outside
+
+
+def _blurred(near: list[Member], basis, bounds: Float[np.ndarray, " r"], sent: FirstAttention | None) -> list[Member]:
+    """The members of a position with how far noise, and local training, move each of them."""
+    if not near or not (bounds.any() or sent):
+        return near
+    rows = np.stack([member.values for member in near])
+    noise = np.linalg.norm(rows @ basis * bounds, axis=1)
+    if sent is not None:
+        before = inputs64(sent, np.array([member.token for member in near]), near[0].position)
+        noise += np.linalg.norm(rows - before, axis=1) / ROOM
+    noise /= np.linalg.norm(rows, axis=1)
+    return [member._replace(noise=float(e)) for member, e in zip(near, noise, strict=True)]
 
 
 def irreplaceable(rows: Float[np.ndarray, "n r"]) -> Bool[np.ndarray, " n"]:
@@ -92,8 +120,11 @@ def irreplaceable(rows: Float[np.ndarray, "n r"]) -> Bool[np.ndarray, " n"]:
     return (left**2).sum(1) > 1 - 1e-8
 
 
-def independent(near: Sequence[Member], basis: Float[np.ndarray, "d r"], noise: float = 0.0) -> list[Member]:
-    """The first members that each raise the rank by a visible amount, sorted by position and token."""
+def independent(near: Sequence[Member], basis: Float[np.ndarray, "d r"], least: float = 1e-6) -> list[Member]:
+    """The first members that are each outside the span of those before by more than `least`, sorted by position, token.
+
+    Noise of the basis needs no larger limit: members that depend on others do so after a projection, too.
+    """
     rank, known, chosen = basis.shape[1], np.zeros((basis.shape[1], 0)), []
     for member in near:
         if len(chosen) == rank:
@@ -102,7 +133,7 @@ def independent(near: Sequence[Member], basis: Float[np.ndarray, "d r"], noise: 
         x = x / np.linalg.norm(x)
         for _ in range(2):
             x = x - known @ (known.T @ x)
-        if np.linalg.norm(x) > max(1e-6, 2 * noise):
+        if np.linalg.norm(x) > least:
             known = np.concatenate([known, x[:, None] / np.linalg.norm(x)], axis=1)
             chosen.append(member)
     return sorted(chosen, key=lambda m: m[:2])

@@ -19,6 +19,8 @@ SPARE = 32
 """Singular values that the noise alone must explain before it counts as noise."""
 VAGUE = 20.0
 """Floors up to which values behind the largest gap are rounding in float32."""
+CLEAR = 10.0
+"""Ratio of the values around a gap from which what is behind it is movement between steps: measured 26 to 700."""
 
 SIGNS = "signs"
 """The precision of an update whose entries are all of one size."""
@@ -51,7 +53,12 @@ class Spectrum(NamedTuple):
     @property
     def noise(self) -> float:
         """How far noise moves a unit vector of the span at most (root mean square)."""
-        return float(np.linalg.norm(self.blur, axis=0).max(initial=0.0))
+        return float(self.bounds.max(initial=0.0))
+
+    @property
+    def bounds(self) -> Float[np.ndarray, " r"]:
+        """How far noise moves each vector of the basis (root mean square)."""
+        return np.linalg.norm(self.blur, axis=0)
 
     def widened(self, columns: int) -> tuple[Float[np.ndarray, "d c"], Float[np.ndarray, " c"]]:
         """The first `columns` singular vectors, and how far noise moves each at most (Wedin 1972, to first order).
@@ -84,7 +91,7 @@ def spectrum(
       rounded: standard deviations of the noise that the stacked entries are known to carry besides: in a change of
         weights, the rounding of these.
       drifting: the gradients are a sum over training steps, whose inputs move a little with the weights before them:
-        what lies behind the largest gap is that movement.
+        what lies behind the largest gap, if it is a clear one, is that movement.
       averaged: the precision in which each of several clients sent what was averaged, which does not show in the mean.
 
     Columns are scaled to equal noise. The noise is rounding to the precision they came in; if nothing is below that
@@ -98,14 +105,14 @@ def spectrum(
         return Spectrum(np.zeros(d), 0.0, 0, 0.0, 0, *(np.zeros((d, 0)),) * 2, np.zeros(len(alive)))
     stacked = stacked[:, alive]
     wire, deviation = _rounding(gradients, stacked, alive)
-    vague = np.inf if drifting else VAGUE if wire == "float32" and rounded is None else 1.0
+    vague = VAGUE if wire == "float32" and rounded is None else 1.0
     if averaged != "float32":
         # An entry of the mean errs as one client's would, as both shrink by the same root; where the clients' entries
         # cancel it errs by more.
         wire, deviation, vague = averaged, noise.rounding(stacked, averaged), VAGUE
     if rounded is not None:
         deviation = np.hypot(deviation, rounded[:, alive])
-    found = _above(stacked, deviation, vague, vectors)
+    found = _above(stacked, deviation, vague, vectors, drifting)
     missing = float((stacked == 0).mean())
     sigma = 0.0
     if found.rank == min(stacked.shape):
@@ -141,9 +148,13 @@ def _rounding(gradients, stacked, alive) -> tuple[str, Float[np.ndarray, "_ m"]]
 
 
 def _above(
-    stacked: Float[np.ndarray, "d m"], deviation: Float[np.ndarray, "_ m"], vague: float, vectors: bool
+    stacked: Float[np.ndarray, "d m"],
+    deviation: Float[np.ndarray, "_ m"],
+    vague: float,
+    vectors: bool,
+    drifting: bool = False,
 ) -> Spectrum:
-    """What stands above noise of these standard deviations (`[d, m]` or `[1, m]`); see `_rank` for `vague`."""
+    """What stands above noise of these standard deviations (`[d, m]` or `[1, m]`); see `_rank` for the others."""
     d, m = stacked.shape
     columns = np.sqrt((deviation**2).mean(0))
     scale = 1 / columns
@@ -157,11 +168,11 @@ def _above(
         left, right = np.zeros((d, 0)), np.zeros((0, m))
     values = np.pad(values, (0, d - len(values)))
     ratios = values[:-1] / np.maximum(values[1:], floor / 10)
-    rank = _rank(values, floor, int(ratios.argmax()) + 1, vague)
+    gap_rank = int(ratios.argmax()) + 1
+    rank = _rank(values, floor, gap_rank, np.inf if drifting and ratios[gap_rank - 1] > CLEAR else vague)
     gap = float(values[rank - 1] / max(values[rank], floor / 10)) if 0 < rank < d else 0.0
     # A left singular vector moves by noise @ right vector / singular value, to first order.
     moved = np.sqrt(np.broadcast_to(deviation**2, (d, m)) @ (right[:rank].T ** 2)) / values[: len(right[:rank])]
-    gap_rank = int(ratios.argmax()) + 1
     return Spectrum(values, float(floor), rank, gap, gap_rank, left[:, :rank], moved, columns, rest=left[:, rank:])
 
 
