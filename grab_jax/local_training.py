@@ -181,16 +181,31 @@ def matched(problem: Problem) -> Update:
 
 
 def mean_weights(problem: Problem) -> Update:
-    """The trainable weights in the middle of local training: averaged over its steps, as if these were alike.
+    """The trainable weights averaged over the local steps, as if these were alike; those sent, if more is not told.
 
-    A layer's inputs move with the weights before it, so the change of a layer's weights spans the inputs under the
-    mean ones but for what varies to second order. The weights sent, where the steps or the momentum were not told.
+    A layer's inputs move with the weights before it. Of steps over the same sentences the change of a layer's weights
+    spans the inputs under the mean weights, but for what varies to second order.
+    """
+    share = middle(problem)
+    return weights_after(problem, share) if share else problem.trainable
+
+
+def middle(problem: Problem) -> float | None:
+    """The share of the change after which local training has its mean weights; None where too little is told of it.
+
+    0 for one step: its gradient is that of the weights sent.
     """
     local, steps = problem.local, local_steps(problem)
-    if local is None or not steps or local.momentum is None or local.optimizer != "sgd":
-        return problem.trainable
+    if steps == 1:
+        return 0.0
+    if not steps or local.momentum is None or local.optimizer != "sgd" or problem.defended.normalised:
+        return None
     reached = np.cumsum(np.cumsum(local.momentum ** np.arange(steps)))
-    share = float(reached[:-1].sum() / (steps * reached[-1]))
+    return float(reached[:-1].sum() / (steps * reached[-1]))
+
+
+def weights_after(problem: Problem, share: float) -> Update:
+    """The trainable weights after a share of the observed change."""
     return {path: value + share * problem.observed.get(path, 0) for path, value in problem.trainable.items()}
 
 

@@ -90,19 +90,35 @@ def test_whole_is_the_residual_that_a_sentence_stays_below():
     assert search.found == {}
 
 
-@pytest.mark.parametrize(("noise", "found", "proven"), [(1e-3, True, True), (1e-2, True, False), (0.1, False, False)])
-def test_noise_widens_the_limits_of_a_sentence_until_it_proves_nothing_and_tells_nothing(noise, found, proven):
-    """The basis is turned by `noise`, as is told; from `HALF` on a wrong sentence could be as near."""
-    second = layer(*SENTENCES)
+def blurred(second, noise):
+    """The layer with a basis that noise turned, as is told."""
     moved = second.basis + noise / np.sqrt(WIDTH) * np.random.default_rng(2).normal(size=second.basis.shape)
-    second = second._replace(basis=np.linalg.qr(moved)[0], bounds=np.full(moved.shape[1], noise))
-    search = context.Search(second, cls=CLS, sep=SEP, whole=WHOLE)
+    return second._replace(basis=np.linalg.qr(moved)[0], bounds=np.full(moved.shape[1], noise))
+
+
+@pytest.mark.parametrize(("noise", "found"), [(1e-3, True), (1e-2, True), (0.1, False)])
+def test_noise_widens_the_limits_of_a_sentence_until_it_tells_nothing(noise, found):
+    search = context.Search(blurred(layer(*SENTENCES), noise), cls=CLS, sep=SEP, whole=WHOLE)
     away = search.check(SENTENCES[0])
     assert WHOLE < away < context.ROOM * noise
-    assert search.check((CLS, 5, 6, 20, SEP)) > context.HALF
+    assert search.check((CLS, 5, 6, 20, SEP)) > context.OUTSIDE
     assert list(search.found) == ([SENTENCES[0]] if found else [])
     if found:
-        assert (away <= search.found[SENTENCES[0]].limit) == proven
+        assert away <= search.found[SENTENCES[0]].limit <= context.OUTSIDE
+
+
+@pytest.mark.parametrize(("noise", "distinct"), [(0, True), (1e-4, True), (1e-2, False)])
+def test_a_sentence_is_distinct_while_noise_hides_no_other_one(noise, distinct):
+    """Token 21 is almost token 20; all others are far from each other."""
+    table = OWN.at[21].set(OWN[20] + 0.05 * OWN[22])
+    sentence, other = (CLS, 5, 20, 7, SEP), (CLS, 5, 21, 7, SEP)
+    near = lambda ids, real: mixed(jnp.where(ids == 21, 20, ids), real) + 0.5 * jnp.tanh(table[ids])  # noqa: E731
+    inputs = np.asarray(near(np.array([sentence]), np.ones((1, 5))))[0].astype(np.float64)
+    second = blurred(context.Second(near, np.linalg.qr(inputs.T)[0]), noise)
+    search = context.Search(second, cls=CLS, sep=SEP, whole=WHOLE)
+    assert search.check(sentence) < max(WHOLE, context.ROOM * noise)
+    assert search.distinct(sentence, choices(sentence, (CLS, 9, 30, 11, SEP)))
+    assert search.distinct(sentence, choices(sentence, other)) == distinct
 
 
 def test_nothing_is_tried_once_all_tokens_are_found_or_the_budget_is_used():

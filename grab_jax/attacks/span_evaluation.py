@@ -26,11 +26,13 @@ from grab_jax.types import Problem, Vocabulary
 SPARE = 32
 """Dimensions that the second layer's gradient must leave free: then no wrong sentence lies in its span by chance."""
 BLURRED = 0.03
-"""Noise of the second layer's span (root mean square) from which it judges no more: see `context.HALF`."""
+"""Noise of the second layer's span (root mean square) from which it judges no more: see `context.OUTSIDE`."""
 LOOSER = ((1e-3, 5e-3), (1e-2, 5e-2), (5e-2, 0.2))
 """Residuals of null vectors and of whole sentences, looser by turns, where the update is noisy or weights moved."""
 ATTENDING = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 """Shares of a query's cotangent up to which a key has no part in it, looser by turns, where noise blurs these."""
+BUDGET = 3_000_000
+"""Tokens of all sentences tried for one client batch where noise may keep its sentences from being found."""
 UNSURE = 0.9
 """Certificates of rows that others could replace stay below this."""
 
@@ -126,14 +128,18 @@ def solve(
     assembled = partial(_assembled, problem, first, gradients, likely, rescaled=bool(space.sigma), proof=proof)
     attending = partial(_attending, problem, first, gradients, likely)
     # The search by the second layer does better than a patient assembly.
-    found, complete, notes = assembled(patience=4 if second is None else 0), False, ()
+    found, confirmed, complete, notes = assembled(patience=4 if second is None else 0), {}, False, ()
     if second is not None:
         ends = {"cls": problem.vocabulary.cls, "sep": problem.vocabulary.sep}
-        search = context.Search(second, whole=whole, seed=seed, notify=notify, **ends)
-        found = _judged(search, found, near, likely)
-        complete = search.complete
+        budget = BUDGET if inexact else context.BUDGET
+        search = context.Search(second, whole=whole, seed=seed, budget=budget, notify=notify, **ends)
+        checked = {ids: context.Judged(search.check(ids), UNPROVEN) for ids in found}
+        confirmed = _confirmed(search, near, likely, inexact)
+        complete = search.complete and all(seen.limit != UNPROVEN for seen in confirmed.values())
+        # A weak token may hide a true sentence from the second layer: shown, and not certified.
+        found = confirmed if complete else {**checked, **confirmed}
         notes = ("the search for sentences stopped at its budget",) if search.spent and not complete else ()
-    if inexact and second is not None and found and not complete:
+    if inexact and not complete and confirmed:
         found = _with_others(found, max(attending(), key=_explained))
     elif inexact and not complete:
         found = _loosened(problem.vocabulary, likely, found, assembled, attending())
@@ -141,10 +147,11 @@ def solve(
 
 
 def sent(problem: Problem) -> FirstAttention | None:
-    """The first attention layer as sent, where several local steps moved it."""
-    if not local_training.several(problem):
+    """The first attention layer at one end of several local steps, which moved it from or to the mean weights."""
+    if not local_training.several(problem) or problem.defended.normalised:
         return None
-    return first_attention.describe(problem.model, {**problem.frozen, **problem.trainable})
+    end = problem.trainable if local_training.middle(problem) else local_training.weights_after(problem, 1.0)
+    return first_attention.describe(problem.model, {**problem.frozen, **end})
 
 
 def judge(problem: Problem, rows: int) -> context.Second | None:
@@ -157,7 +164,7 @@ def judge(problem: Problem, rows: int) -> context.Second | None:
         return None
     if not set(first_attention.paths(model, 1)) <= problem.observed.keys():
         return None
-    if local_training.local_steps(problem) is None:  # nor is told how far they moved the layer's inputs
+    if local_training.middle(problem) is None:  # steps moved the layer's inputs, to where is not told
         return None
     found = spectrum(problem, 1)
     if not rows <= found.rank <= model.width - SPARE or np.sqrt((found.bounds**2).mean()) > BLURRED:
@@ -251,16 +258,18 @@ def _with_others(found: Sentences, others: Sentences) -> Sentences:
     return {**{ids: seen for ids, seen in others.items() if not held.issuperset(enumerate(ids))}, **found}
 
 
-def _judged(
-    search: context.Search, assembled: Sentences, near: Sequence[members.Member], likely: Sequence[members.Member]
+def _confirmed(
+    search: context.Search, near: Sequence[members.Member], likely: Sequence[members.Member], inexact: bool
 ) -> Sentences:
-    """Sentences by the second layer; those of `assembled` that it refutes are shown, and not proven.
-
-    A weak token may hide a true sentence from it.
-    """
-    checked = {ids: context.Judged(search.check(ids), UNPROVEN) for ids in assembled}
+    """Sentences by the second layer; not proven where noise would hide another one."""
     _search(search, near, likely)
-    return search.found if search.complete else {**checked, **search.found}
+    if not inexact:
+        return search.found
+    choices = _choices(near)
+    return {
+        ids: seen if search.distinct(ids, choices) else seen._replace(limit=UNPROVEN)
+        for ids, seen in search.found.items()
+    }
 
 
 def _search(search: context.Search, near: Sequence[members.Member], likely: Sequence[members.Member]) -> None:

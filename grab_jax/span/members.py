@@ -37,7 +37,7 @@ class Member(NamedTuple):
 
     `share` is the part of `pursuit`'s solutions that use it, `size` its part of the gradient in the first of them;
     `sure` says that the other members cannot replace it, so the gradient's span proves it. `noise` is how far the
-    noise of the span moves it (root mean square).
+    noise of the span moves it (root mean square), `moved` how far local training does at most, relative to its size.
     """
 
     position: int
@@ -48,10 +48,11 @@ class Member(NamedTuple):
     size: float = 0.0
     sure: bool = False
     noise: float = 0.0
+    moved: float = 0.0
 
     def within(self, least: float, times: float = 1.0) -> bool:
-        """Whether it is away by less than `least`, or than noise explains, or by less than so many times as much."""
-        return self.away < times * max(least, ROOM * self.noise)
+        """Whether it is away by less than `least`, or than noise explains, or so many times as much, where it moved."""
+        return self.away < times * max(least, ROOM * self.noise) + self.moved
 
 
 def members(
@@ -69,8 +70,7 @@ def members(
     Args:
       gradients: kernels' gradients whose columns span `basis`.
       bounds: how far noise moves each vector of `basis` (root mean square); where it is visible, no row is `sure`.
-      sent: the layer with the weights sent, where `first` has those in the middle of local training: a member may be
-        away by what lies between.
+      sent: the layer with other weights of the local training than `first`: a member may be away by what lies between.
       seed: of the random starts of `pursuit`.
       notify: called with (positions' rows found so far, rank).
     """
@@ -89,7 +89,8 @@ def members(
     if inside:
         rows = np.stack([m.values for m in inside]) @ basis
         shares, sizes = pursuit.solutions(rows, [basis.T @ g for g in gradients], seed=seed, tick=tick)
-        sure = np.zeros(len(rows), bool) if noises.any() else irreplaceable(rows)
+        exact = sent is None and ROOM * noises.max(initial=0.0) < NEAR
+        sure = irreplaceable(rows) if exact else np.zeros(len(rows), bool)
         told = zip(inside, shares, sizes, sure, strict=True)
         inside = [m._replace(share=float(s), size=float(z), sure=bool(c)) for m, s, z, c in told]
     return sorted(inside, key=lambda m: -m.size) + outside
@@ -99,13 +100,12 @@ def _blurred(near: list[Member], basis, bounds: Float[np.ndarray, " r"], sent: F
     """The members of a position with how far noise, and local training, move each of them."""
     if not near or not (bounds.any() or sent):
         return near
-    rows = np.stack([member.values for member in near])
-    noise = np.linalg.norm(rows @ basis * bounds, axis=1)
+    rows, sizes = np.stack([m.values for m in near]), np.linalg.norm([m.values for m in near], axis=1)
+    noise, moved = np.linalg.norm(rows @ basis * bounds, axis=1) / sizes, np.zeros(len(near))
     if sent is not None:
-        before = inputs64(sent, np.array([member.token for member in near]), near[0].position)
-        noise += np.linalg.norm(rows - before, axis=1) / ROOM
-    noise /= np.linalg.norm(rows, axis=1)
-    return [member._replace(noise=float(e)) for member, e in zip(near, noise, strict=True)]
+        before = inputs64(sent, np.array([m.token for m in near]), near[0].position)
+        moved = np.linalg.norm(rows - before, axis=1) / sizes
+    return [m._replace(noise=float(e), moved=float(d)) for m, e, d in zip(near, noise, moved, strict=True)]
 
 
 def irreplaceable(rows: Float[np.ndarray, "n r"]) -> Bool[np.ndarray, " n"]:
