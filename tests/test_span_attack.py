@@ -145,6 +145,20 @@ def test_the_second_layer_judges_where_it_has_a_gradient_of_every_token(layers):
     assert sorted(certified(result)) == sorted(sentences)
 
 
+def test_noise_of_the_second_layer_alone_leaves_only_distinct_sentences_proven(monkeypatch):
+    """The first layer's tensors are exact, the second's in bfloat16: others are tried, and here one is as near."""
+    sentences = drawn("bert", (3, 4), seed=1)
+    problem = client("bert", sentences, dropout=False, layers=3).problem
+    rounded = {path: problem.observed[path].astype(jnp.bfloat16).astype(jnp.float32)
+               for path in first_attention.paths(problem.model, 1)}  # fmt: skip
+    mixed = problem._replace(observed={**problem.observed, **rounded})
+    assert sorted(certified(solve(mixed)[0])) == sorted(sentences)
+    monkeypatch.setattr(span_evaluation.context.Search, "distinct", lambda *_: False)
+    (result,) = solve(mixed)
+    assert sorted(sentences_of(result)) == sorted(sentences)
+    assert certified(result) == []
+
+
 def test_the_second_layer_does_not_judge_without_dimensions_to_spare():
     """64 - 32 of the width: then a wrong sentence could lie in the span by chance."""
     for count, judges in ((4, True), (5, False)):

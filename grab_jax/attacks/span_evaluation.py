@@ -123,6 +123,7 @@ def solve(
         return Found([], [])
     second = judge(problem, len(likely))
     inexact = bool(space.noise) or local_training.several(problem)
+    inexact |= second is not None and bool(np.any(second.bounds))  # the layers' tensors may differ in precision
     # Under noise the equations of a wrong sentence may hold as well as those of the right one.
     proof = UNPROVEN if inexact else whole
     assembled = partial(_assembled, problem, first, gradients, likely, rescaled=bool(space.sigma), proof=proof)
