@@ -138,7 +138,13 @@ def test_span_decoding_meets_models_in_one_module_only():
     """`span` is arrays only; `models.first_attention` describes a model to it, for the attacks that decode."""
     assert inside("span/")
     assert all(own(found) <= {"span"} for found in inside("span/").values())
-    decoders = {"attacks/dager", "attacks/span", "attacks/span_evaluation", "attacks/span_lora"}
+    decoders = {
+        "attacks/dager",
+        "attacks/observed_span",
+        "attacks/span",
+        "attacks/span_evaluation",
+        "attacks/span_lora",
+    }
     assert importers("grab_jax.models.first_attention") == decoders
     assert {module for module in importers("grab_jax.span") if module.startswith("models/")} == {
         "models/first_attention"

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Key
 
 from grab_jax import local_training
 from grab_jax.attack_config import AttackConfig
-from grab_jax.attacks import span, span_evaluation
+from grab_jax.attacks import observed_span, span, span_evaluation
 from grab_jax.attacks.span_evaluation import SPARE, UNSURE, Found
 from grab_jax.attacks.state import OnSegment
 from grab_jax.config import Config
@@ -107,7 +107,7 @@ def measure(problem: Problem, config: AttackConfig) -> Spans:
     for layer in range(min(BLOCKS, model.config.num_hidden_layers)):
         if not set(first_attention.paths(model, layer, config.dager_kernels)) <= problem.observed.keys():
             break
-        found.append(span_evaluation.spectrum(problem, layer, config.dager_kernels, vectors=layer < 2))
+        found.append(observed_span.spectrum(problem, layer, config.dager_kernels, vectors=layer < 2))
     return Spans(found[0], found[1] if len(found) > 1 else None, max(one.rank for one in found))
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Key
 
 from grab_jax import local_training
 from grab_jax.attack_config import AttackConfig
-from grab_jax.attacks import last_token, span_evaluation, span_lora, span_lora_trained, span_training
+from grab_jax.attacks import last_token, observed_span, span_evaluation, span_lora, span_lora_trained, span_training
 from grab_jax.attacks.span_evaluation import Found
 from grab_jax.attacks.state import OnSegment, Progress
 from grab_jax.local_training import Local
@@ -86,7 +86,7 @@ def decoded(problem: Problem, seed: int, notify: Notify = lambda *_: None) -> tu
     if reason := absent(problem):
         return subspace.spectrum([np.zeros((model.width, 1))]), Found([], [], untestable=reason)
     gradients, said = _completed(problem, first_attention.gradients(model, problem.observed), notify)
-    found = span_evaluation.spectrum(problem, gradients=gradients)
+    found = observed_span.spectrum(problem, gradients=gradients)
     said += precision(found, problem, first_attention.paths(model))
     if reason := not_testable(found, model.width, local=problem.local):
         solved = Found([], [], untestable=reason)
@@ -135,7 +135,7 @@ def _explains(found: Found) -> tuple[int, int]:
 def _completed(problem: Problem, gradients: list[np.ndarray], notify: Notify) -> tuple[list[np.ndarray], list[str]]:
     """The gradients with what pruning left out, and what a person should know of it."""
     stacked = np.concatenate(gradients, axis=1)
-    blocks = span_evaluation.blocks_rounding(problem, first_attention.paths(problem.model))
+    blocks = observed_span.blocks_rounding(problem, first_attention.paths(problem.model))
     vanish = blocks is not None or (problem.local is not None and not problem.defended.pruned)
     vanish |= problem.averaged_wire != "float32"
     if vanish or any(spacing(gradient) for gradient in gradients):
@@ -170,7 +170,7 @@ def precision(found: subspace.Spectrum, problem: Problem, paths: Sequence[str]) 
             f"the gradient carries noise; read off its singular values, its standard deviation is {found.sigma:.2g}"
         ]
     said = [] if found.wire == "float32" else [f"the gradient was rounded to {found.wire}"]
-    if span_evaluation.blocks_rounding(problem, paths) is not None:
+    if observed_span.blocks_rounding(problem, paths) is not None:
         said.append("the gradient was rounded to int8")
     if problem.local is not None:
         said.append("the change of the weights carries their rounding, which counts as noise")

@@ -7,16 +7,17 @@ assembled by the first layer's equations; then, where the second layer's gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from grab_jax import defenses, local_training, tuning
+from grab_jax import local_training, tuning
+from grab_jax.attacks import observed_span
 from grab_jax.attacks.last_token import Read
 from grab_jax.models import first_attention
-from grab_jax.span import assemble, attended, context, members, noise, subspace
+from grab_jax.span import assemble, attended, context, members, subspace
 from grab_jax.span.assemble import UNPROVEN, Sentence
 from grab_jax.span.inputs import FirstAttention
 from grab_jax.span.merged import assemble_merged
@@ -62,41 +63,6 @@ class Found(NamedTuple):
     def used(self) -> set[int]:
         """Rows that belong to a sentence."""
         return {i for sentence in self.sentences for i in sentence.rows}
-
-
-def spectrum(
-    problem: Problem,
-    layer: int = 0,
-    kernels: first_attention.Kernels = "all",
-    *,
-    vectors: bool = True,
-    gradients: Sequence[Float[np.ndarray, "d o"]] | None = None,
-    paths: Sequence[str] | None = None,
-    drifting: bool | None = None,
-) -> subspace.Spectrum:
-    """Span of an attention layer's gradients, by default as observed, above the rounding of weights and of int8.
-
-    Args:
-      gradients: what spans the layer's inputs, of the tensors `paths`; by default those of its kernels.
-      drifting: see `subspace.spectrum`; by default whether there are several steps, and no dropout.
-    """
-    if gradients is None:
-        gradients = first_attention.gradients(problem.model, problem.observed, layer, kernels)
-    if paths is None:
-        paths = first_attention.paths(problem.model, layer, kernels)
-    causes = [local_training.weight_rounding(problem, paths), blocks_rounding(problem, paths)]
-    rounded = reduce(np.hypot, [cause for cause in causes if cause is not None] or [None])
-    if drifting is None:
-        drifting = not problem.dropout and local_training.several(problem)
-    return subspace.spectrum(
-        gradients, vectors=vectors, rounded=rounded, drifting=drifting, averaged=problem.averaged_wire
-    )
-
-
-def blocks_rounding(problem: Problem, paths: Sequence[str]) -> Float[np.ndarray, "d m"] | None:
-    """Standard deviations of the rounding of tensors sent in int8, side by side; None if they were not."""
-    steps = [noise.block_steps(np.asarray(problem.observed[path], np.float64), defenses.BLOCK) for path in paths]
-    return None if any(step is None for step in steps) else np.concatenate(steps, axis=1) / np.sqrt(12)
 
 
 def solve(
@@ -167,7 +133,7 @@ def judge(problem: Problem, rows: int) -> context.Second | None:
         return None
     if local_training.middle(problem) is None:  # steps moved the layer's inputs, to where is not told
         return None
-    found = spectrum(problem, 1)
+    found = observed_span.spectrum(problem, 1)
     if not rows <= found.rank <= model.width - SPARE or np.sqrt((found.bounds**2).mean()) > BLURRED:
         return None
     return second_layer(problem)._replace(basis=found.basis, bounds=found.bounds)

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Float
 
 from grab_jax import local_training
-from grab_jax.attacks.span_evaluation import UNSURE, Found, blocks_rounding, only_sentence
+from grab_jax.attacks.observed_span import blocks_rounding
+from grab_jax.attacks.span_evaluation import UNSURE, Found, only_sentence
 from grab_jax.models import first_attention
 from grab_jax.span import attended, members, pursuit, subspace
 from grab_jax.span.assemble import UNPROVEN, Sentence

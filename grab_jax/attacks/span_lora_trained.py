@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from grab_jax import local_training
-from grab_jax.attacks import span_evaluation, span_training
+from grab_jax.attacks import observed_span, span_evaluation, span_training
 from grab_jax.attacks.span_evaluation import SPARE, Found, only_sentence
 from grab_jax.models.layers import ADAPTER
 from grab_jax.span import assemble, attended, members, subspace
@@ -59,7 +59,7 @@ def adapters(problem: Problem, layers: Sequence[str]) -> Adapters:
     shared, dropout = _alike(problem.model, layers) if problem.dropout else (list(layers), 0.0)
     paths = [f"{layer}/lora_a" for layer in shared]
     gradients = [np.asarray(problem.observed[path], np.float64) for path in paths]
-    space = span_evaluation.spectrum(problem, gradients=gradients, paths=paths, drifting=False)
+    space = observed_span.spectrum(problem, gradients=gradients, paths=paths, drifting=False)
     moving = local_training.several(problem)
     held = room(problem.model, problem.trainable, layers, dropout=problem.dropout, moving=moving)
     return Adapters(shared, space, held, dropout)
